@@ -1,0 +1,72 @@
+"""What a training step costs: compilation, time, memory."""
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.config import Config
+from dsjax.data.batches import Batches
+from dsjax.data.tokens import load_tokens
+from dsjax.model.flops import peak, training_flops_per_token
+from dsjax.runtime import runtime_of
+from dsjax.training.schedule import Schedule
+from dsjax.training.state import initial_state
+from dsjax.training.step import Knobs, make_train_step
+
+
+def measure(config: Config, steps: int) -> dict[str, Any]:
+    """Run a run's full-sized step `steps` times, and return what was measured, for JSON.
+
+    Seconds are wall-clock medians of single steps, each waited for; the moving average of the weights, validation and
+    checkpoints, which a run does beside its steps, are not in them. Memory is the high-water mark of the process and,
+    where the backend tells it, of the first device.
+    """
+    schedule, length = Schedule(config), config.data.sequence_length
+    data = load_tokens(config.data, config.model.vocab_size)
+    batch = config.train.batch_size
+    micro_batch = config.train.micro_batch_size or batch
+    rows = Batches(data.train, length, config.train.seed).rows(0, batch)
+    tokens = jnp.asarray(rows.reshape(batch // micro_batch, micro_batch, -1))
+    knobs = Knobs(schedule.learning_rate(0), schedule.mtp_weight(0), schedule.bias_speed(0))
+    state = initial_state(config)
+
+    begin = time.perf_counter()
+    end_of_document = data.tokenizer.eos if data.tokenizer else None
+    step = make_train_step(config, runtime_of(config), end_of_document=end_of_document)
+    compiled = step.lower(state, tokens, knobs).compile()
+    compile_seconds = time.perf_counter() - begin
+    for _ in range(2):
+        state, _ = compiled(state, tokens, knobs)
+    seconds = []
+    for _ in range(steps):
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        state, metrics = compiled(state, tokens, knobs)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - begin)
+
+    per_step, device = statistics.median(seconds), jax.local_devices()[0]
+    flops = training_flops_per_token(config.model, length)
+    peak_flops, peak_is = peak(device)
+    tokens_per_s = batch * length / per_step
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "model": config.model.name,
+        "device": device.device_kind,
+        "tokens_per_step": batch * length,
+        "compile_s": compile_seconds,
+        "step_s_median": per_step,
+        "step_s_min": min(seconds),
+        "steps_per_s": 1 / per_step,
+        "tokens_per_s": tokens_per_s,
+        "gflop_per_token": flops / 1e9,
+        "mfu": peak_flops and tokens_per_s * flops / peak_flops,
+        "peak_flops": peak_is,
+        "peak_memory_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }

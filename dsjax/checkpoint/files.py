@@ -1,0 +1,179 @@
+"""Safetensors files, read and written in pieces.
+
+The format is 8 bytes of header length, a JSON header that gives each tensor's dtype, shape and place, and the bytes.
+We read and write it ourselves, with positioned reads and writes of a few MB, because a conversion must never hold a
+whole tensor, let alone a file, and because a truncated or inconsistent file must be told in words.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The format's names of dtypes."""
+_HEADER_LIMIT = 1 << 30
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor somewhere on disk, readable by rows."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return rows start to stop of the first axis."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, dtype (as in `DTYPES`) and shape of a tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return DTYPES[self.dtype].itemsize * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a safetensors file."""
+
+    file: "SafetensorsFile"
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return rows start to stop, from the file into new memory."""
+        dtype, row = DTYPES[self.dtype], prod(self.shape[1:])
+        out = np.empty((stop - start, *self.shape[1:]), dtype)
+        self.file.read_into(out, self.offset + start * row * dtype.itemsize)
+        return out
+
+
+class SafetensorsFile:
+    """A safetensors file open for reading: `tensors` by name. Raises ValueError that says what is wrong with it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.tensors, self.metadata = self._read_header()
+        except ValueError:
+            self.close()
+            raise
+
+    def _read_header(self) -> tuple[dict[str, FileTensor], dict[str, str]]:
+        size = os.fstat(self._descriptor).st_size
+        if size < 8:
+            raise ValueError(f"{self.path}: truncated, {size} bytes are not even a header")
+        (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
+        if length > _HEADER_LIMIT:
+            raise ValueError(f"{self.path}: not a safetensors file (a header of {length} bytes)")
+        if 8 + length > size:
+            raise ValueError(f"{self.path}: truncated, {size} bytes of a header of {8 + length}")
+        try:
+            header = json.loads(os.pread(self._descriptor, length, 8))
+            metadata = header.pop("__metadata__", {})
+            entries = {
+                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.path}: not a safetensors file ({error!r} in its header)") from error
+        tensors, end = {}, 0
+        for name, (dtype, shape, start, stop) in entries.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"{self.path}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+            if stop - start != prod(shape) * DTYPES[dtype].itemsize or start < 0:
+                raise ValueError(f"{self.path}: {name} is {dtype}{list(shape)} but has {stop - start} bytes")
+            tensors[name] = FileTensor(self, dtype, shape, 8 + length + start)
+            end = max(end, 8 + length + stop)
+        if end > size:
+            raise ValueError(f"{self.path}: truncated, {size} bytes of {end}")
+        return tensors, metadata
+
+    def read_into(self, out: np.ndarray, offset: int) -> None:
+        """Fill a contiguous array with the bytes from `offset` on."""
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise OSError(f"{self.path}: ended at byte {offset}; it was cut while being read")
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+class SafetensorsWriter:
+    """A safetensors file to be filled in any order: the header first, then `write` at a tensor's own offsets."""
+
+    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None):
+        header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+        self._start, offset = {}, 0
+        # Large elements first, as the safetensors library does: torch needs tensors aligned to their elements.
+        for spec in sorted(specs, key=lambda spec: -DTYPES[spec.dtype].itemsize):
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            self._start[spec.name], offset = offset, offset + spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # The format asks for data at a multiple of 8.
+        self._data = 8 + len(text)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.ftruncate(self._descriptor, self._data + offset)
+        self._write(struct.pack("<Q", len(text)) + text, 0)
+
+    def write(self, name: str, offset: int, data: np.ndarray) -> None:
+        """Write contiguous data at `offset` bytes into the tensor `name`."""
+        self._write(memoryview(data.reshape(-1).view(np.uint8)), self._data + self._start[name] + offset)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Bring everything to disk, and close."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries (new names, renames) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""From trained parameters to text: the latent cache, prefill and decode programs, sampling, streaming."""

@@ -1,0 +1,125 @@
+"""Multi-head latent attention (report section 2.1.1).
+
+Queries and keys have a part without position (`nope`) and a part that RoPE turns (`rope`); the latter is one key for
+all heads. Keys and values come from a latent of `kv_lora_rank` values per token, which is all that a cache keeps.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, PyTree
+
+from dsjax.config import ModelConfig
+from dsjax.model.causal_attention import causal_attention
+from dsjax.model.context import Context
+from dsjax.model.layers import linear, norm_weight, rms_norm, weight
+from dsjax.model.rope import rotate, softmax_scale
+from dsjax.runtime import Runtime
+
+
+class Attention(nnx.Module):
+    """Parameters of multi-head latent attention."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        if config.q_lora_rank:
+            self.q_a = weight(config, rngs, config.q_lora_rank, hidden)
+            self.q_norm = norm_weight(config.q_lora_rank)
+            self.q_b = weight(config, rngs, query, config.q_lora_rank)
+        else:
+            self.q = weight(config, rngs, query, hidden)
+        self.kv_a = weight(config, rngs, config.kv_lora_rank + config.qk_rope_head_dim, hidden)
+        self.kv_norm = norm_weight(config.kv_lora_rank)
+        self.kv_b = weight(config, rngs, heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
+        self.o = weight(config, rngs, hidden, heads * config.v_head_dim)
+
+
+def attention(
+    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig, runtime: Runtime
+) -> Float[Array, "B S D"]:
+    """Return causal attention over each sequence of normalized hidden states."""
+    q_nope, q_rope = queries(params, x, ctx, config=config)
+    latent, k_rope = latents(params, x, ctx, config=config)
+    k_nope, v = keys_and_values(params, latent, config=config)
+    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
+    out = causal_attention(
+        jnp.concatenate([q_nope, q_rope], -1),
+        jnp.concatenate([k_nope, k_rope], -1),
+        v,
+        scale=softmax_scale(config),
+        segments=ctx.segments,
+        impl=runtime.attention,
+    )
+    return linear(out.reshape(*x.shape[:2], -1), params["o"])
+
+
+def queries(
+    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig
+) -> tuple[Float[Array, "B S H nope"], Float[Array, "B S H rope"]]:
+    """Return every head's query, its part without position and its turned part."""
+    if config.q_lora_rank:
+        compressed = checkpoint_name(linear(x, params["q_a"]), "latent")
+        q = linear(rms_norm(compressed, params["q_norm"], config.rms_norm_eps), params["q_b"])
+    else:
+        q = linear(x, params["q"])
+    q = q.reshape(*x.shape[:2], config.num_attention_heads, -1)
+    q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+    return q_nope, rotate(q_rope, ctx.cos, ctx.sin)
+
+
+def latents(
+    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig
+) -> tuple[Float[Array, "B S kv"], Float[Array, "B S rope"]]:
+    """Return what a cache keeps of each token: the normalized latent and the turned shared key (576 values in V3)."""
+    compressed = checkpoint_name(linear(x, params["kv_a"]), "latent")
+    latent, k_rope = jnp.split(compressed, [config.kv_lora_rank], axis=-1)
+    k_rope = rotate(k_rope[:, :, None], ctx.cos, ctx.sin)[:, :, 0]
+    return rms_norm(latent, params["kv_norm"], config.rms_norm_eps), k_rope
+
+
+def keys_and_values(
+    params: PyTree, latent: Float[Array, "B S kv"], *, config: ModelConfig
+) -> tuple[Float[Array, "B S H nope"], Float[Array, "B S H v"]]:
+    """Expand latents to every head's key without position and value."""
+    kv = linear(latent, params["kv_b"]).reshape(*latent.shape[:2], config.num_attention_heads, -1)
+    k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+    return k_nope, v
+
+
+def absorbed_attention(
+    params: PyTree,
+    x: Float[Array, "B Q D"],
+    memory: Sequence[tuple[Float[Array, "B _ W"], Bool[Array, "#B Q _"]]],
+    ctx: Context,
+    *,
+    config: ModelConfig,
+) -> Float[Array, "B Q D"]:
+    """Return attention of new tokens over latents, without expanding keys and values.
+
+    The up-projection of the keys is applied to the query, that of the values to the result (DeepSeek-V2 report,
+    section 2.1.2), so a token of memory costs `kv_lora_rank + qk_rope_head_dim` values per product whatever the heads.
+
+    Args:
+        memory: pieces of what there is to attend to, which need not lie together: `latents` of tokens side by side,
+            and which of them each new token may see; at least one in all.
+    """
+    q_nope, q_rope = queries(params, x, ctx, config=config)
+    up = params["kv_b"].astype(x.dtype).reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+    k_up, v_up = jnp.split(up, [config.qk_nope_head_dim], axis=1)
+    query = jnp.concatenate([jnp.einsum("bqhn,hnc->bqhc", q_nope, k_up), q_rope], -1)
+
+    def scores(piece: Array, visible: Array) -> Array:
+        products = jnp.einsum("bqhw,bsw->bhqs", query, piece, preferred_element_type=jnp.float32)
+        return jnp.where(visible[:, None], products * softmax_scale(config), -jnp.inf)
+
+    probabilities = nnx.softmax(jnp.concatenate([scores(*piece) for piece in memory], -1), axis=-1).astype(x.dtype)
+    ends = list(accumulate(piece.shape[1] for piece, _ in memory))
+    shares = jnp.split(probabilities, ends[:-1], axis=-1)
+    # The turned keys are summed along, and then cut off: to cut them off before would copy the memory.
+    attended = sum(jnp.einsum("bhqs,bsw->bqhw", p, piece) for p, (piece, _) in zip(shares, memory, strict=True))
+    out = jnp.einsum("bqhc,hvc->bqhv", attended[..., : config.kv_lora_rank], v_up)
+    return linear(out.reshape(*x.shape[:2], -1), params["o"])

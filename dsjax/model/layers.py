@@ -1,0 +1,60 @@
+"""The small parts that every layer is made of: weights, linear maps, RMSNorm, SwiGLU."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
+
+from dsjax.config import ModelConfig
+
+
+class RouterBias(nnx.Variable):
+    """Bias of a router: steered by the loads (report section 2.1.2), never by a gradient."""
+
+
+def weight(config: ModelConfig, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    """Return a float32 weight drawn with standard deviation `initializer_range`; matrices are [out, in]."""
+    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def norm_weight(width: int) -> nnx.Param:
+    """Return the gain of an RMSNorm, at 1."""
+    return nnx.Param(jnp.ones(width, jnp.float32))
+
+
+def linear(x: Float[Array, "*batch I"], w: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
+    """Return x w^T, in x's format."""
+    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
+    """Return x over its root mean square, times `gain`; computed in float32, returned in x's format."""
+    x32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse_rms * gain).astype(x.dtype)
+
+
+def swiglu(gate_up: Float[Array, "*batch F2"]) -> Float[Array, "*batch F"]:
+    """Return silu(gate) * up of a [gate | up] pair, in its format."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def gate_up_matrix(w: Float[Array, "*experts 2 F D"]) -> Float[Array, "*experts F2 D"]:
+    """Return the pair of gate and up weights as the one matrix that a single product multiplies by."""
+    *experts, two, width, hidden = w.shape
+    return w.reshape(*experts, two * width, hidden)
+
+
+KEPT_IN_FLOAT32 = ("norm", "router")
+"""Endings of the names of parameters that are used in float32 whatever the compute format: gains and router weights."""
+
+
+def cast_weights(params: PyTree, dtype: DTypeLike) -> PyTree:
+    """Cast the weights of matrix products to `dtype`; gains and router weights stay float32 (report section 3.3.1)."""
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf if path[-1].key.endswith(KEPT_IN_FLOAT32) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,0 +1,66 @@
+"""The two layouts of parameters: canonical (one array per layer and tensor) and stacked (one array per kind of layer).
+
+Checkpoints, names and mathematics know the canonical layout. A training step holds layers of one shape stacked, so that
+it can loop over them and its compile time does not grow with depth.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from dsjax.config import ModelConfig
+
+EDGES = ("embed", "norm", "head")
+"""Parameters that belong to no layer."""
+
+
+def stack(canonical: PyTree, config: ModelConfig) -> PyTree:
+    """Return the stacked layout: `embed`, `norm`, `head`, and `dense`, `moe`, `mtp` with a leading axis of layers."""
+    layers = canonical.get("layers", {})
+    groups = {
+        "dense": [layers[str(i)] for i in _dense(config) if str(i) in layers],
+        "moe": [layers[str(i)] for i in _moe(config) if str(i) in layers],
+        "mtp": [module for _, module in sorted(canonical.get("mtp", {}).items(), key=lambda item: int(item[0]))],
+    }
+    stacked = {name: jax.tree.map(_stack_leaves, *group) for name, group in groups.items() if group}
+    return {name: canonical[name] for name in EDGES if name in canonical} | stacked
+
+
+def _stack_leaves(*leaves: Any) -> Any:
+    """Stack arrays, or the shapes of arrays."""
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)
+
+
+def unstack(stacked: PyTree, config: ModelConfig) -> PyTree:
+    """Return the canonical layout of a stacked tree; the inverse of `stack`."""
+    canonical = {name: stacked[name] for name in EDGES if name in stacked}
+    layers = {}
+    for group, indices in (("dense", _dense(config)), ("moe", _moe(config))):
+        if group in stacked:
+            layers |= {str(i): _slice(stacked[group], at) for at, i in enumerate(indices)}
+    if layers:
+        canonical["layers"] = layers
+    if "mtp" in stacked:
+        canonical["mtp"] = {str(k): _slice(stacked["mtp"], k) for k in range(config.num_nextn_predict_layers)}
+    return canonical
+
+
+def _slice(group: PyTree, at: int) -> PyTree:
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return leaf[at]
+
+    return jax.tree.map(one, group)
+
+
+def _dense(config: ModelConfig) -> range:
+    return range(config.first_k_dense_replace)
+
+
+def _moe(config: ModelConfig) -> range:
+    return range(config.first_k_dense_replace, config.num_hidden_layers)

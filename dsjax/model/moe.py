@@ -1,0 +1,81 @@
+"""The mixture of experts: routed and shared experts, aux-loss-free balancing (DeepSeekMoE, report section 2.1.2)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PyTree
+
+from dsjax.config import ModelConfig
+from dsjax.model.context import Context
+from dsjax.model.dispatch import exchange_locally
+from dsjax.model.ffn import FeedForward, feed_forward
+from dsjax.model.grouped_matmul import grouped_matmul
+from dsjax.model.layers import RouterBias, gate_up_matrix, swiglu, weight
+from dsjax.model.router import add_loss, expert_loads, route, sequence_balance_loss
+from dsjax.runtime import Runtime
+
+
+class MoEAux(NamedTuple):
+    """What an MoE layer reports beside its output; no gradient flows through it."""
+
+    loads: Int[Array, "*L E"]
+    """Tokens that chose each expert, int32."""
+    balance_loss: Float[Array, "*L"]
+    """Sequence-wise balance loss, before its weight."""
+
+
+class Experts(nnx.Module):
+    """Parameters of all routed experts of a layer, stacked."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up = weight(config, rngs, experts, 2, width, hidden)
+        self.down = weight(config, rngs, experts, hidden, width)
+
+
+class MoE(nnx.Module):
+    """Parameters of a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.router = weight(config, rngs, config.n_routed_experts, config.hidden_size)
+        if config.topk_method == "noaux_tc":
+            self.bias = RouterBias(jnp.zeros(config.n_routed_experts, jnp.float32))
+        self.experts = Experts(config, rngs)
+        self.shared = FeedForward(config, config.n_shared_experts * config.moe_intermediate_size, rngs)
+
+
+def moe(
+    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig, runtime: Runtime
+) -> tuple[Float[Array, "B S D"], MoEAux]:
+    """Return the weighted sum of each token's routed experts plus its shared experts, and the router's loads."""
+    tokens = x.reshape(-1, config.hidden_size)
+    routing = route(params["router"], ctx.router_bias, tokens, config)
+
+    def experts(rows: Float[Array, "R D"], weights: Float[Array, " R"], groups: Any) -> Float[Array, "R D"]:
+        return expert_ffn(params["experts"], rows, weights, groups, runtime=runtime)
+
+    exchange = runtime.exchange or exchange_locally
+    routed = exchange(experts, tokens, routing.indices, routing.weights, config.n_routed_experts)
+    y = (routed + feed_forward(params["shared"], tokens)).reshape(x.shape)
+
+    balance_loss = sequence_balance_loss(routing.scores.reshape(*x.shape[:2], -1), config)
+    y = add_loss(y, balance_loss, ctx.balance_weight)
+    loads = expert_loads(routing.indices, config.n_routed_experts)
+    return y, MoEAux(loads, jax.lax.stop_gradient(balance_loss))
+
+
+def expert_ffn(
+    params: PyTree, rows: Float[Array, "R D"], weights: Float[Array, " R"], groups: Any, *, runtime: Runtime
+) -> Float[Array, "R D"]:
+    """Return each row's expert applied to it, times its routing weight.
+
+    The weight multiplies the SwiGLU output, before the down projection (spec 1.6), so that combining is a plain sum.
+    """
+    rows = checkpoint_name(rows, "dispatched")
+    impl = runtime.grouped_matmul
+    gate_up = grouped_matmul(rows, gate_up_matrix(params["gate_up"]).astype(rows.dtype), groups, impl=impl)
+    activated = swiglu(checkpoint_name(gate_up, "gate_up")) * weights[:, None].astype(rows.dtype)
+    return grouped_matmul(activated, params["down"].astype(rows.dtype), groups, impl=impl)

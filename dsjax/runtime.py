@@ -1,0 +1,78 @@
+"""What a layer may ask of the machine, as one frozen argument.
+
+The model's files say what is computed; a `Runtime` says in which format, by which kernel, and over which devices. The
+same model file therefore reads the same on one device and on 2,048.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import Config, Precision, Remat
+
+AttentionImplementation = Literal["auto", "plain", "chunked", "cudnn", "tokamax"]
+GroupedMatmulImplementation = Literal["auto", "tiles", "ragged"]
+
+ExpertFunction = Callable[[Float[Array, "R D"], Float[Array, " R"], Any], Float[Array, "R D"]]
+"""`experts(rows, weights, groups)`: the expert FFNs on rows grouped by expert, each result scaled by its weight."""
+
+
+class Exchange(Protocol):
+    """Carries tokens to their experts and sums the results.
+
+    It is a function around the experts, not a pair of arrays in and out, because an exchange of bounded memory runs
+    them several times when a routing is so uneven that one round does not hold it.
+    """
+
+    def __call__(
+        self,
+        experts: ExpertFunction,
+        x: Float[Array, "T D"],
+        indices: Int[Array, "T K"],
+        weights: Float[Array, "T K"],
+        num_experts: int,
+    ) -> Float[Array, "T D"]:
+        """Return, for each token, the sum over its K experts of their outputs times its weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the model runs; the defaults are those of a single device."""
+
+    compute_dtype: DTypeLike = jnp.float32
+    """Format of activations and of the weights in matrix products."""
+    attention: AttentionImplementation = "auto"
+    """Implementation of causal attention."""
+    grouped_matmul: GroupedMatmulImplementation = "auto"
+    """Implementation of the experts' matrix products."""
+    exchange: Exchange | None = None
+    """How tokens reach their experts; None keeps them on the device."""
+    remat: Remat = "report"
+    """What the backward pass recomputes."""
+    unroll_layers: bool = False
+    """Whether the MoE layers are compiled one by one, in place of one loop."""
+    loss_chunk: int = 1024
+    """Tokens whose float32 logits exist at once."""
+
+
+def runtime_of(config: Config) -> Runtime:
+    """Return the `Runtime` that a run's settings ask for on this process' default backend."""
+    return Runtime(
+        compute_dtype=compute_dtype(config.precision),
+        remat=config.train.remat,
+        unroll_layers=config.train.unroll_layers,
+        loss_chunk=config.train.loss_chunk,
+    )
+
+
+def compute_dtype(precision: Precision, platform: str | None = None) -> DTypeLike:
+    """Return the format of matrix products; `auto` is float32 on a CPU and bfloat16 elsewhere."""
+    if precision == "auto":
+        precision = "fp32" if (platform or jax.default_backend()) == "cpu" else "bf16"
+    return jnp.float32 if precision == "fp32" else jnp.bfloat16

@@ -1,0 +1,267 @@
+"""A training run from its settings to its pictures: resume, steps, validation, checkpoints."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+from rich.console import Console
+
+from dsjax.config import Config
+from dsjax.data.batches import Batches
+from dsjax.data.tokens import TokenCache, load_tokens
+from dsjax.model.causal_attention import resolve as resolve_attention
+from dsjax.model.flops import parameter_count, peak, training_flops_per_token
+from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
+from dsjax.runtime import Runtime, runtime_of
+from dsjax.training.ema import HostEma
+from dsjax.training.folder import RunFolder
+from dsjax.training.interrupts import Interrupts
+from dsjax.training.metrics import MetricsFile, Recorder, StepFacts, TensorBoard, moe_layer_names, read_metrics
+from dsjax.training.pictures import draw_pictures
+from dsjax.training.progress import ProgressDisplay, quantity
+from dsjax.training.schedule import Schedule
+from dsjax.training.state import initial_state
+from dsjax.training.step import Knobs, LossAndGrads, make_evaluate, make_train_step
+from dsjax.training.validation import Validation
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on, because its losses or gradients are not finite."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    steps: int
+    """Steps done."""
+    finished: bool
+    """False for a run that was asked to stop; the same command resumes it."""
+    val_loss: float | None
+    """Of the last validation, nats per token."""
+    baselines: dict[str, float]
+    """What n-gram models reach on the same predictions."""
+    folder: Path
+
+
+def train(
+    config: Config,
+    *,
+    fresh: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    loss_and_grads: LossAndGrads | None = None,
+) -> Summary:
+    """Run `config` to its last step, or until it is interrupted, from the newest checkpoint in its folder.
+
+    Args:
+        fresh, overwrite: see `RunFolder`.
+        console: where progress is shown.
+        loss_and_grads: how gradients are made, see `make_train_step`.
+
+    Raises:
+        ValueError: settings, data or folder do not fit; one line.
+        TrainingFailed: `train.max_bad_steps` steps in a row were not finite.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    folder = RunFolder(config, fresh=fresh, overwrite=overwrite)
+    data = load_tokens(config.data, config.model.vocab_size, lambda *progress: _show_data(console, *progress))
+    runtime = runtime_of(config)
+    _announce(console, config, runtime, data)
+    with folder:
+        return Run(config, runtime, data, folder, console, loss_and_grads).to_the_end()
+
+
+class Run:
+    """The parts of a run, put together; `to_the_end` runs it."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        data: TokenCache,
+        folder: RunFolder,
+        console: Console,
+        loss_and_grads: LossAndGrads | None = None,
+    ):
+        self.config, self.data, self.folder, self.console = config, data, folder, console
+        train, end = config.train, data.tokenizer.eos if data.tokenizer else None
+        self.schedule = Schedule(config)
+        self.batches = Batches(data.train, config.data.sequence_length, train.seed)
+        self.train_step = make_train_step(config, runtime, loss_and_grads, end)
+        self.validation = Validation(
+            data,
+            make_evaluate(config, runtime, end),
+            sequence_length=config.data.sequence_length,
+            batch=train.micro_batch_size or train.batch_size,
+            sequences=train.validation_sequences,
+        )
+        resumed = folder.resume(data.fingerprint)
+        folder.describe(data)
+        self.state = resumed.state if resumed else initial_state(config)
+        self.first = int(self.state.step)
+        self.seconds_before = resumed.seconds if resumed else 0.0
+        if resumed:
+            console.print(f"resumed   from step {self.first} of {train.steps}")
+        average = resumed.average if resumed else self.state.params
+        self.ema = HostEma(average, train.ema_decay) if train.ema_decay else None
+        self.baselines = self.validation.baselines(config.model.vocab_size, folder.path / "baselines.json")
+        console.print("to beat   " + ", ".join(f"{name} {loss:.3f}" for name, loss in self.baselines.items()))
+
+    def to_the_end(self) -> Summary:
+        """Train until the last step or an interruption; save, draw, and say how it went."""
+        steps, path = self.config.train.steps, self.folder.path
+        with ExitStack() as stack:
+            metrics_file = stack.enter_context(closing(MetricsFile(path / "metrics.jsonl", self.first)))
+            names = moe_layer_names(self.config.model)
+            board = stack.enter_context(closing(TensorBoard(path / "tensorboard", self.first, names)))
+            val_loss = next((r["val_loss"] for r in reversed(metrics_file.kept) if "val_loss" in r), None)
+            display = stack.enter_context(
+                ProgressDisplay(self.console, first_step=self.first, last_step=steps, val_loss=val_loss)
+            )
+            interrupts = stack.enter_context(Interrupts(lambda name: self._acknowledge(name)))
+            recorder = self._recorder([metrics_file, board], display)
+            done = self.first
+            for step, tokens in self._prefetched():
+                self._step(step, tokens, recorder)
+                done = step + 1
+                last = done == steps or interrupts.requested
+                if done == steps or done % self.config.train.validate_every == 0:
+                    display.doing("validating")
+                    self._validate(recorder)
+                if last or done % self.config.checkpoint.every == 0:
+                    display.doing("saving")
+                    self._save(recorder, metrics_file)
+                if last:
+                    break
+            recorder.flush()
+            self.folder.checkpoints.wait()
+        return self._conclude(done, names)
+
+    def _step(self, step: int, tokens: Int32[np.ndarray, "A B S1"], recorder: Recorder) -> None:
+        knobs = Knobs(self.schedule.learning_rate(step), self.schedule.mtp_weight(step), self.schedule.bias_speed(step))
+        self.state, metrics = self.train_step(self.state, jnp.asarray(tokens), knobs)
+        if self.ema:
+            self.ema.update(self.state.params)
+        batch, length = tokens.shape[0] * tokens.shape[1], self.config.data.sequence_length
+        read = self.schedule.first_sequence(step) + batch
+        recorder.step(
+            StepFacts(
+                step=step + 1,
+                tokens=read * length,
+                step_tokens=batch * length,
+                epoch=read / len(self.batches),
+                batch_size=batch,
+                **knobs._asdict(),
+            ),
+            metrics,
+        )
+        self._refuse_to_go_on_without_numbers(recorder)
+
+    def _refuse_to_go_on_without_numbers(self, recorder: Recorder) -> None:
+        most = self.config.train.max_bad_steps
+        if recorder.skipped_in_a_row >= most:
+            step = recorder.latest["step"]
+            raise TrainingFailed(
+                f"losses or gradients of the last {most} steps, up to step {step}, were not finite, so they changed "
+                f"no weights; try a lower optimizer.learning_rate or a longer optimizer.warmup; "
+                f"checkpoints in {self.folder.path}: {self.folder.checkpoints.steps() or 'none'}"
+            )
+
+    def _prefetched(self) -> Iterator[tuple[int, Int32[np.ndarray, "A B S1"]]]:
+        """Yield every step that is left with its tokens, which a thread reads while the step before is computed."""
+        steps = range(self.first, self.config.train.steps)
+        with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
+            coming = thread.submit(self._tokens, steps[0]) if steps else None
+            for step in steps:
+                tokens = coming.result()
+                if step + 1 in steps:
+                    coming = thread.submit(self._tokens, step + 1)
+                yield step, tokens
+
+    def _tokens(self, step: int) -> Int32[np.ndarray, "A B S1"]:
+        batch = self.schedule.batch_size(step)
+        micro_batch = self.config.train.micro_batch_size or batch
+        rows = self.batches.rows(self.schedule.first_sequence(step), batch)
+        return rows.reshape(batch // micro_batch, micro_batch, -1)
+
+    def _validate(self, recorder: Recorder) -> None:
+        with recorder.pause():
+            live = self.validation(self.state.params, self.state.biases)
+            values = {"val_loss": live["loss"], "val_loss_mtp": live["loss_mtp"]}
+            if self.ema:
+                average = jax.device_put(self.ema.value())
+                values["val_loss_ema"] = self.validation(average, self.state.biases)["loss"]
+            recorder.validation(values)
+
+    def _save(self, recorder: Recorder, metrics_file: MetricsFile) -> None:
+        recorder.flush()
+        metrics_file.sync()
+        with recorder.pause():
+            average = self.ema.value() if self.ema else None
+            self.folder.save(self.state, average, self.data.fingerprint, recorder.latest["seconds"])
+
+    def _recorder(self, sinks: list, display: ProgressDisplay) -> Recorder:
+        model, device = self.config.model, jax.local_devices()[0]
+        return Recorder(
+            sinks,
+            every=self.config.train.log_every,
+            last_step=self.config.train.steps,
+            main_layers=model.num_hidden_layers - model.first_k_dense_replace,
+            flops_per_token=training_flops_per_token(model, self.config.data.sequence_length),
+            peak_flops=peak(device)[0],
+            on_record=display.update,
+            seconds=self.seconds_before,
+            skipped=int(self.state.skipped),
+            skipped_in_a_row=int(self.state.skipped_in_a_row),
+        )
+
+    def _acknowledge(self, signal_name: str) -> None:
+        self.console.print(f"\n{signal_name}: saving and stopping after this step; Ctrl-C again stops at once")
+
+    def _conclude(self, done: int, names: list[str]) -> Summary:
+        path, steps = self.folder.path, self.config.train.steps
+        records = read_metrics(path / "metrics.jsonl")
+        if records:
+            draw_pictures(path / "pictures", records, self.baselines, names)
+        val_loss = next((record["val_loss"] for record in reversed(records) if "val_loss" in record), None)
+        if done < steps:
+            self.console.print(f"stopped at step {done} of {steps}, saved; the same command resumes in {path}")
+        elif val_loss is not None:
+            gaps = ", ".join(f"{loss - val_loss:+.3f} {name}" for name, loss in self.baselines.items())
+            self.console.print(f"validation loss {val_loss:.3f} nats per token; below n-gram models by {gaps}")
+            self.console.print(f"pictures  {path / 'pictures'}")
+        return Summary(done, done == steps, val_loss, self.baselines, path)
+
+
+def _announce(console: Console, config: Config, runtime: Runtime, data: TokenCache) -> None:
+    """Show what the run is made of, before it starts."""
+    device, count = jax.local_devices()[0], parameter_count(config.model)
+    attention = resolve_attention(runtime.attention, device.platform, runtime.compute_dtype)
+    grouped = resolve_grouped_matmul(runtime.grouped_matmul, device.platform)
+    dtype = jnp.dtype(runtime.compute_dtype).name
+    console.print(f"device    {device.device_kind}, {dtype}; attention {attention}, grouped matmul {grouped}")
+    console.print(f"peak      {peak(device)[1]}; MFU counts attention as causal")
+    mtp = f", and {quantity(count.mtp)} in MTP modules" if count.mtp else ""
+    console.print(
+        f"model     {config.model.name}: {quantity(count.main)} parameters, {quantity(count.active)} active{mtp}"
+    )
+    epochs = Schedule(config).first_sequence(config.train.steps) * config.data.sequence_length / len(data.train)
+    console.print(
+        f"data      {config.data.source}: {data.train_documents} documents, {quantity(len(data.train))} tokens "
+        f"({epochs:.2f} epochs in this run); {data.validation_documents} documents, "
+        f"{quantity(len(data.validation))} tokens held out"
+    )
+    console.print(f"run       {config.run}, {config.train.steps} steps")
+
+
+def _show_data(console: Console, stage: str, done: int, total: int) -> None:
+    """Say once that a stage of making the tokens has begun, and once that it has ended."""
+    if done == total:
+        console.print(f"{stage}: {quantity(total)} bytes")

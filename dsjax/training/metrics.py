@@ -1,0 +1,283 @@
+"""What a run writes down: one record per logged step, as a line of `metrics.jsonl` and in TensorBoard's event files.
+
+`Recorder` stays one step behind the device: the numbers of a step are fetched when the next one has been started, so
+writing them down never makes the device wait. A record says only what its own step did (nothing but the rates is
+averaged), so a resumed run writes the same numbers as an undisturbed one.
+
+Keys of a record (`RECORD_KEYS` says which are always there):
+`step` (steps done, from 1), `loss`, `loss_mtp`, `loss_balance` (nats per token; unweighted), `grad_norm` (before
+clipping), `learning_rate`, `mtp_weight`, `bias_speed`, `batch_size` (sequences), `tokens` (seen since the beginning of
+the run), `epoch`, `tokens_per_s` and `mfu` (since the line before, without validation, saving and the first
+compilation; null if that leaves nothing), `expert_load_max_over_mean` (of the worst layer: 1 is perfect balance),
+`expert_load_max_over_mean_per_layer`, `expert_load_over_mean_last_layer` (one number per expert of the last main
+layer), `skipped_steps` (since the beginning of the run), `seconds` (spent in the run so far); on validated steps
+`val_loss`, `val_loss_mtp`, and with a moving average `val_loss_ema`. A number that is not finite is written as null.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+from tensorboardX import SummaryWriter
+
+from dsjax.config import ModelConfig
+
+type Record = dict[str, int | float | list[float] | None]
+
+RECORD_KEYS = (
+    *("step", "loss", "loss_mtp", "loss_balance", "grad_norm", "learning_rate", "mtp_weight", "bias_speed"),
+    *("batch_size", "tokens", "epoch", "tokens_per_s", "mfu", "expert_load_max_over_mean"),
+    *("expert_load_max_over_mean_per_layer", "expert_load_over_mean_last_layer", "skipped_steps", "seconds"),
+)
+
+
+class Sink(Protocol):
+    """Somewhere records go."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record, in the order of the steps."""
+
+    def close(self) -> None:
+        """Makes sure that everything written is kept."""
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics file, oldest first; without a last line that a crash cut short.
+
+    Raises ValueError, naming file and line, for any other line that is not a JSON object with a `step`.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
+        try:
+            records.append({"step": None} | json.loads(line))
+            records[-1]["step"] = int(records[-1]["step"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a line of metrics: {line[:80]!r}") from error
+    return records
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per line, in the file as soon as it is written.
+
+    Opening it drops the lines after `last_step`, which a resumed run writes again, and a line that a crash cut short.
+    """
+
+    def __init__(self, path: Path, last_step: int):
+        self.kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+        """The records that were already there."""
+        draft = path.with_suffix(".draft")
+        with open(draft, "w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in self.kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)  # at no time is there a file with fewer of the kept lines
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: Record) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the lines are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoard:
+    """TensorBoard event files with every number of a record, and one curve per layer of the expert load."""
+
+    def __init__(self, folder: Path, last_step: int, layers: Sequence[str]):
+        # purge_step tells TensorBoard to forget what an earlier process wrote for the steps that are done again.
+        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
+        self._layers = layers
+
+    def write(self, record: Record) -> None:
+        step = record["step"]
+        for key, value in record.items():
+            if isinstance(value, int | float) and key != "step":
+                self._writer.add_scalar(key, value, step)
+        per_layer = record["expert_load_max_over_mean_per_layer"]
+        for layer, value in zip(self._layers, per_layer, strict=True):
+            self._writer.add_scalar(f"expert_load/{layer}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def moe_layer_names(model: ModelConfig) -> list[str]:
+    """Names of the layers with routed experts, in the order of the step's `loads`: main layers, then MTP modules."""
+    main = range(model.first_k_dense_replace, model.num_hidden_layers)
+    return [f"layer {i}" for i in main] + [f"MTP {k}" for k in range(model.num_nextn_predict_layers)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What the host knows about a step before the device has done it."""
+
+    step: int
+    """Steps done when this one is, from 1."""
+    tokens: int
+    """Tokens the model has read since the beginning of the run, with this step's."""
+    step_tokens: int
+    """Tokens the model reads in this step."""
+    epoch: float
+    """Passes over the training tokens, with this step."""
+    batch_size: int
+    """Sequences in this step."""
+    learning_rate: float
+    mtp_weight: float
+    bias_speed: float
+
+
+@dataclass
+class _Pending:
+    """A step that the device may still be computing."""
+
+    facts: StepFacts
+    metrics: Mapping[str, Array] | None
+    record: Record | None = None
+    validated: bool = False
+
+
+class Recorder:
+    """Makes a record of every step, and writes some of them.
+
+    sinks: where logged records go. every: steps between logged records; validated, skipped and last steps are logged
+    too. on_record: called with every record (the progress bar). flops_per_token, peak_flops: of the model, and of all
+    devices together, for MFU. main_layers: how many of the rows of `loads` are main layers.
+    seconds, skipped, skipped_in_a_row: where the run stood when it was saved.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        *,
+        every: int,
+        last_step: int,
+        main_layers: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        on_record=lambda record: None,
+        seconds: float = 0.0,
+        skipped: int = 0,
+        skipped_in_a_row: int = 0,
+    ):
+        self.skipped, self.skipped_in_a_row = skipped, skipped_in_a_row
+        self.latest: Record = {}
+        """The newest record, logged or not."""
+        self.first_step_seconds: float | None = None
+        """Time that the first step of this process took, compilation included."""
+        self._sinks, self._every, self._last_step, self._main_layers = sinks, every, last_step, main_layers
+        self._flops_per_token, self._peak_flops, self._on_record = flops_per_token, peak_flops, on_record
+        self._pending: _Pending | None = None
+        self._began = time.perf_counter() - seconds
+        self._mark = time.perf_counter()
+        self._tokens, self._seconds = 0, 0.0  # since the last logged record
+
+    def step(self, facts: StepFacts, metrics: Mapping[str, Array]) -> None:
+        """Takes a step that has been started, and finishes the record of the one before."""
+        self.flush()
+        self._pending = _Pending(facts, metrics)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Waits for the step in flight; what is done inside does not count as training time."""
+        self._settle()
+        yield
+        self._mark = time.perf_counter()
+
+    def validation(self, values: Mapping[str, float]) -> None:
+        """Adds what a validation found to the record of the step in flight."""
+        self._settle()
+        assert self._pending is not None and self._pending.record is not None, "validation follows a step"
+        self._pending.record |= values
+        self._pending.validated = True
+
+    def flush(self) -> None:
+        """Waits for the step in flight and writes its record."""
+        self._settle()
+        if self._pending is None:
+            return
+        record, self._pending = self._pending, None
+        self.latest = record.record
+        self._on_record(record.record)
+        step = record.facts.step
+        if record.validated or self.skipped_in_a_row or step % self._every == 0 or step == self._last_step:
+            for sink in self._sinks:
+                sink.write(record.record)
+            self._tokens, self._seconds = 0, 0.0
+
+    def _settle(self) -> None:
+        """Fetches the numbers of the step in flight, once."""
+        pending = self._pending
+        if pending is None or pending.record is not None:
+            return
+        numbers = jax.device_get(pending.metrics)
+        pending.metrics = None
+        self._count(pending.facts, bool(numbers["finite"]))
+        pending.record = self._record(pending.facts, numbers)
+
+    def _count(self, facts: StepFacts, finite: bool) -> None:
+        now = time.perf_counter()
+        if self.first_step_seconds is None:  # it compiled, which would hide the true rate
+            self.first_step_seconds = now - self._mark
+        else:
+            self._tokens += facts.step_tokens
+            self._seconds += now - self._mark
+        self._mark = now
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def _record(self, facts: StepFacts, numbers: Mapping[str, np.ndarray]) -> Record:
+        rate = self._tokens / self._seconds if self._seconds else None
+        loads = load_over_mean(numbers["loads"])
+        return {
+            "step": facts.step,
+            **{key: float(numbers[key]) for key in ("loss", "loss_mtp", "loss_balance", "grad_norm")},
+            "learning_rate": float(facts.learning_rate),
+            "mtp_weight": float(facts.mtp_weight),
+            "bias_speed": float(facts.bias_speed),
+            "batch_size": facts.batch_size,
+            "tokens": facts.tokens,
+            "epoch": round(facts.epoch, 4),
+            "tokens_per_s": rate,
+            "mfu": rate and self._peak_flops and rate * self._flops_per_token / self._peak_flops,
+            "expert_load_max_over_mean": float(loads.max(initial=0.0)),
+            "expert_load_max_over_mean_per_layer": _rounded(loads.max(axis=1, initial=0.0)),
+            "expert_load_over_mean_last_layer": _rounded(loads[self._main_layers - 1]) if self._main_layers else [],
+            "skipped_steps": self.skipped,
+            "seconds": round(time.perf_counter() - self._began, 3),
+        }
+
+
+def load_over_mean(loads: Int[np.ndarray, "L E"]) -> np.ndarray:
+    """Tokens that each expert got, as a multiple of its layer's mean: float64[L, E], 1 is perfect balance."""
+    loads = np.asarray(loads, np.float64)
+    return loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in values]

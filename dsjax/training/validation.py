@@ -1,0 +1,59 @@
+"""How well the model predicts held-out tokens, and how well counting n-grams would have."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, PyTree
+
+from dsjax.data.batches import Windows
+from dsjax.data.ngram import baselines
+from dsjax.data.tokens import TokenCache
+
+Evaluate = Callable[[PyTree, PyTree, Int32[Array, "B S1"]], dict[str, Array]]
+
+
+class Validation:
+    """Validates on the same held-out windows every time, in whole batches."""
+
+    def __init__(self, data: TokenCache, evaluate: Evaluate, *, sequence_length: int, batch: int, sequences: int):
+        """Choose the windows.
+
+        Args:
+            evaluate: means of a batch's losses, see `training.step`.
+            batch: windows at a time.
+            sequences: windows in all, evenly spread over the held-out documents because neighbours resemble each
+                other, and as many as fill batches; 0 for all there are.
+        """
+        self._evaluate, self._data = evaluate, data
+        windows = Windows(data.validation, sequence_length)
+        count = min(sequences or len(windows), len(windows))
+        self._batch = min(batch, count)
+        count -= count % self._batch
+        spread = np.arange(count) * len(windows) // count
+        self.rows = np.concatenate([windows.rows(int(at), 1) for at in spread])
+        """The windows, int32[sequences, sequence_length + 1]."""
+
+    def __call__(self, params: PyTree, biases: PyTree) -> dict[str, float]:
+        """Return `loss` and `loss_mtp` of stacked weights, nats per token."""
+        parts = [
+            self._evaluate(params, biases, jnp.asarray(self.rows[at : at + self._batch]))
+            for at in range(0, len(self.rows), self._batch)
+        ]
+        return {key: float(np.mean([part[key] for part in parts])) for key in ("loss", "loss_mtp")}
+
+    def baselines(self, vocab_size: int, cache: Path) -> dict[str, float]:
+        """Return the loss of interpolated Kneser-Ney bigrams and trigrams on the same predictions, nats per token.
+
+        Args:
+            cache: file that keeps the result for when the run is resumed.
+        """
+        key = f"{self._data.fingerprint} {self.rows.shape}"
+        if cache.is_file() and (known := json.loads(cache.read_text())).get("of") == key:
+            return known["nats_per_token"]
+        found = baselines(self._data.train, self.rows, vocab_size)
+        result = {"Kneser-Ney bigram": found.bigram, "Kneser-Ney trigram": found.trigram}
+        cache.write_text(json.dumps({"of": key, "nats_per_token": result}))
+        return result

@@ -1,0 +1,98 @@
+"""Streamed text is the whole text, in whole characters."""
+
+import itertools
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsjax.data.tokenizer import FIM, Tokenizer
+from dsjax.inference.text import UNKNOWN, reopen_last_token, stream_text
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    """A tokenizer that marks spaces and drops the one at the start of a text, as sentencepiece does."""
+    model = tokenizers.models.WordLevel({"▁def": 0, "▁add": 1, "(": 2, "</s>": 3, "▁": 4}, unk_token="(")
+    made = tokenizers.Tokenizer(model)
+    made.decoder = tokenizers.decoders.Metaspace()
+    return Tokenizer(made.to_str(), "made here")
+
+
+def test_a_character_comes_when_it_is_whole(tokenizer):
+    a, smile, b = tokenizer.encode(["a", "😁", "b"])
+    assert len(smile) > 2
+    pulled = Recorder(a + smile + b)
+    times = [(text, pulled.count) for text in stream_text(tokenizer, pulled)]
+    assert times == [("a", 1), ("😁", len(smile) + 1), ("b", len(smile) + 2)]
+
+
+class Recorder:
+    """Iterates over ids and counts how many were asked for."""
+
+    def __init__(self, ids):
+        self.ids, self.count = iter(ids), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        id = next(self.ids)
+        self.count += 1
+        return id
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=UNKNOWN)))
+def test_any_text(tokenizer, text):
+    pieces = list(stream_text(tokenizer, tokenizer.encode([text])[0]))
+    assert "".join(pieces) == text
+    assert all(pieces) and not any(UNKNOWN in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 300), max_size=40))
+def test_any_tokens(tokenizer, ids):
+    """Also those that are no UTF-8, as a model may write."""
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_broken_bytes_are_not_held_back_forever(tokenizer):
+    byte = next(id for id in range(tokenizer.vocab_size) if tokenizer.token(id) == "ÿ")  # how the byte 0xFF is spelled
+    assert len(list(itertools.islice(stream_text(tokenizer, itertools.repeat(byte)), 5))) == 5
+
+
+def test_spaces_at_the_start(words):
+    assert list(stream_text(words, [1, 2, 0, 1])) == ["add", "(", " def", " add"]
+    assert list(stream_text(words, [1, 2, 0, 1], before=[0])) == [" add", "(", " def", " add"]
+
+
+def test_what_is_shown_is_not_repeated(tokenizer):
+    before, after = tokenizer.encode(["x = 😀"])[0], tokenizer.encode([" + 1"])[0]
+    assert "".join(stream_text(tokenizer, after, before)) == " + 1"
+    for cut in range(len(before)):
+        assert "".join(stream_text(tokenizer, before[cut:] + after, before[:cut], shown="x = 😀")) == " + 1"
+
+
+def test_the_last_token_of_a_prompt_may_become_longer(tokenizer):
+    prompt = [tokenizer.eos, *tokenizer.encode(["def "])[0]]
+    before, first = reopen_last_token(tokenizer, prompt, 400)
+    assert tokenizer.decode(before[1:]) == "def"
+    fitting = [tokenizer.decode([id]) for id in range(tokenizer.vocab_size) if first[id]]
+    assert {" ", " a", " b"} <= set(fitting)
+    assert all(text.startswith(" ") for text in fitting)
+    assert not first[tokenizer.vocab_size :].any()
+
+
+@pytest.mark.parametrize("text", ["", f"x{FIM[1]}"])
+def test_a_special_token_stays(tokenizer, text):
+    prompt = [tokenizer.eos, *tokenizer.encode([text], special=True)[0]]
+    before, first = reopen_last_token(tokenizer, prompt, 400)
+    assert before == prompt
+    assert first.all()
+
+
+def test_a_special_token_does_not_lengthen_text(tokenizer):
+    prompt = [tokenizer.eos, *tokenizer.encode(["a <"])[0]]
+    assert tokenizer.token(prompt[-1])[-1] == "<"
+    _, first = reopen_last_token(tokenizer, [prompt[0], tokenizer.encode(["<"])[0][0]], 400)
+    assert not first[[tokenizer.bos, tokenizer.eos, *tokenizer.fim]].any()

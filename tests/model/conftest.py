@@ -1,0 +1,46 @@
+"""A small model with everything in it, for tests that need one."""
+
+import jax
+import pytest
+
+from dsjax.config import ModelConfig
+from dsjax.model.transformer import initial_parameters
+
+
+@pytest.fixture(scope="session")
+def small() -> ModelConfig:
+    """One dense and three MoE layers, two MTP modules, node-limited routing."""
+    return ModelConfig(
+        name="small",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_attention_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        initializer_range=0.05,
+        num_nextn_predict_layers=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_parameters(small):
+    """Its parameters and router biases, stacked; norms and biases are not at their initial 1 and 0."""
+    params, biases = jax.jit(lambda: initial_parameters(small, 0))()
+    key = jax.random.key(1)
+
+    def away(leaf):
+        return leaf + 0.05 * jax.random.normal(key, leaf.shape)
+
+    return jax.jit(lambda: jax.tree.map(away, (params, biases)))()
