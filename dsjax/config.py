@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Precision = Literal["auto", "bf16", "fp32"]
 Remat = Literal["none", "report", "full"]
+AttentionKernel = Literal["auto", "plain", "chunked", "cudnn", "splash", "tokamax"]
+GroupedMatmulKernel = Literal["auto", "tiles", "batched", "ragged"]
 Source = Literal["python-stdlib", "text", "jsonl", "parquet", "tokens"]
 
 
@@ -156,6 +158,9 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     initializer_range: float = 0.006
     """Standard deviation of the initial weights."""
+    embedding_initializer_range: float = 0.0
+    """The same of the embedding; 0 for `initializer_range`, as the report has it. Small models learn faster with more:
+    their few steps otherwise go into making tokens heard over the noise of fresh layers."""
     num_nextn_predict_layers: int = 0
     """Multi-token prediction modules (depth D of report section 2.2); 0 for none."""
 
@@ -164,7 +169,9 @@ class ModelConfig:
         law.at_least(1, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size")
         law.at_least(1, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         law.at_least(1, "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
-        law.at_least(0, "q_lora_rank", "first_k_dense_replace", "num_nextn_predict_layers")
+        law.at_least(
+            0, "q_lora_rank", "first_k_dense_replace", "num_nextn_predict_layers", "embedding_initializer_range"
+        )
         layers, experts, groups, chosen = self.num_hidden_layers, self.n_routed_experts, self.n_group, self.topk_group
         law(
             "first_k_dense_replace", self.first_k_dense_replace <= layers, f"at most model.num_hidden_layers = {layers}"
@@ -345,6 +352,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Implementations of the inner products; `auto` is the best there is on the platform, and the run shows which."""
+
+    attention: AttentionKernel = "auto"
+    """`plain` is the definition, `chunked` its blockwise form for any platform, `cudnn` for NVIDIA, `splash` for TPU,
+    `tokamax` where that package is installed."""
+    grouped_matmul: GroupedMatmulKernel = "auto"
+    """Of the experts: `tiles` loops over blocks of rows (CPU), `batched` is one product of all tiles (NVIDIA), `ragged`
+    is `jax.lax.ragged_dot` (TPU)."""
+
+    def __post_init__(self) -> None:
+        _Laws(self, "kernels.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the state is saved."""
 
@@ -366,6 +388,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     run: str = ""
     """Folder of the run; empty for `runs/` and the name of the TOML file."""
     precision: Precision = "auto"

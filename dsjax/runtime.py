@@ -6,17 +6,14 @@ same model file therefore reads the same on one device and on 2,048.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import Config, Precision, Remat
-
-AttentionImplementation = Literal["auto", "plain", "chunked", "cudnn", "tokamax"]
-GroupedMatmulImplementation = Literal["auto", "tiles", "ragged"]
+from dsjax.config import AttentionKernel, Config, GroupedMatmulKernel, Precision, Remat
 
 ExpertFunction = Callable[[Float[Array, "R D"], Float[Array, " R"], Any], Float[Array, "R D"]]
 """`experts(rows, weights, groups)`: the expert FFNs on rows grouped by expert, each result scaled by its weight."""
@@ -47,9 +44,9 @@ class Runtime:
 
     compute_dtype: DTypeLike = jnp.float32
     """Format of activations and of the weights in matrix products."""
-    attention: AttentionImplementation = "auto"
+    attention: AttentionKernel = "auto"
     """Implementation of causal attention."""
-    grouped_matmul: GroupedMatmulImplementation = "auto"
+    grouped_matmul: GroupedMatmulKernel = "auto"
     """Implementation of the experts' matrix products."""
     exchange: Exchange | None = None
     """How tokens reach their experts; None keeps them on the device."""
@@ -65,6 +62,8 @@ def runtime_of(config: Config) -> Runtime:
     """Return the `Runtime` that a run's settings ask for on this process' default backend."""
     return Runtime(
         compute_dtype=compute_dtype(config.precision),
+        attention=config.kernels.attention,
+        grouped_matmul=config.kernels.grouped_matmul,
         remat=config.train.remat,
         unroll_layers=config.train.unroll_layers,
         loss_chunk=config.train.loss_chunk,

@@ -1,5 +1,6 @@
 """Train a model: `python -m dsjax.train configs/tiny.toml`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ class Options:
     fresh: bool = False
     """Begin at step 0; refuses a folder that a run has used."""
     overwrite: bool = False
-    """With --fresh: delete what is in the run's folder."""
+    """With --fresh: delete what the run in that folder left."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,4 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Before the first step there is nothing to save: Ctrl-C ends at once, even while something compiles.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     main(sys.argv[1:])

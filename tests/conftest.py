@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
-# Modules of dsjax imported from here on check the shapes that their signatures declare.
-# from jaxtyping import install_import_hook
-# install_import_hook("dsjax", "shapes.check")
+# The rooms whose signatures declare shapes check them from here on.
+install_import_hook(["dsjax.data", "dsjax.inference", "dsjax.model", "dsjax.training"], "shapes.check")
 
 # Small programs compile for seconds and run for milliseconds: XLA's lowest effort halves the former.
 jax.config.update("jax_disable_most_optimizations", True)

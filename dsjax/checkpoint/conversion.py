@@ -26,7 +26,7 @@ import numpy as np
 
 from dsjax.checkpoint.blocks import BLOCK, dequantize, quantize
 from dsjax.checkpoint.families import config_to_huggingface
-from dsjax.checkpoint.files import DTYPES, SafetensorsWriter, Spec, sync_folder
+from dsjax.checkpoint.files import DTYPES, FileTensor, SafetensorsWriter, Spec, sync_folder
 from dsjax.checkpoint.names import Tensor, scale_shape
 from dsjax.checkpoint.sources import CheckpointProblems, Source
 
@@ -348,6 +348,11 @@ def _values(source: Source, part: Part, dtype: str) -> Iterator[tuple[np.ndarray
     stored = source.stored[part.name]
     is_fp8, width = stored.dtype == "F8_E4M3", int(np.prod(stored.shape[1:]))
     scales = source.scales(part.name) if is_fp8 else None
+    if isinstance(stored, FileTensor) and stored.dtype == dtype and not part.columns and not part.copies:
+        yield from ((data, None) for data in stored.raw(*part.rows, _scratch()))
+        if is_fp8:
+            yield np.empty(0, np.uint8), scales[part.rows[0] // BLOCK : -(-part.rows[1] // BLOCK)]
+        return
     columns = slice(*part.columns) if part.columns else slice(None)
     first, last = part.rows
     step = max(BLOCK, _CHUNK // width // BLOCK * BLOCK)
@@ -372,6 +377,16 @@ def _values(source: Source, part: Part, dtype: str) -> Iterator[tuple[np.ndarray
             if is_fp8:
                 values = dequantize(values, scales, start, columns.start or 0)
             yield values.astype(DTYPES[dtype], copy=False), None
+
+
+_local = threading.local()
+
+
+def _scratch() -> np.ndarray:
+    """Return a buffer of this thread's: new memory for every piece would cost as much as copying it."""
+    if not hasattr(_local, "buffer"):
+        _local.buffer = np.empty(1 << 20, np.uint8)
+    return _local.buffer
 
 
 def _write_documents(source: Source, plan: Plan, folder: Path, sums: Mapping[str, Mapping[str, int]]) -> None:

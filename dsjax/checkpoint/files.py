@@ -8,7 +8,7 @@ whole tensor, let alone a file, and because a truncated or inconsistent file mus
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -76,6 +76,14 @@ class FileTensor:
         out = np.empty((stop - start, *self.shape[1:]), dtype)
         self.file.read_into(out, self.offset + start * row * dtype.itemsize)
         return out
+
+    def raw(self, start: int, stop: int, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the bytes of rows start to stop, piece by piece, in `buffer`, which the next piece overwrites."""
+        row = prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        for offset in range(start * row, stop * row, buffer.size):
+            piece = buffer[: min(buffer.size, stop * row - offset)]
+            self.file.read_into(piece, self.offset + offset)
+            yield piece
 
 
 class SafetensorsFile:

@@ -7,8 +7,7 @@ from typing import Literal
 from dsjax.checkpoint.conversion import SHARD_BYTES, Format, Plan
 from dsjax.checkpoint.deepseek import is_deepseek, open_deepseek, plan_deepseek
 from dsjax.checkpoint.huggingface import open_huggingface, plan_huggingface
-from dsjax.checkpoint.runs import is_run, open_run
-from dsjax.checkpoint.sources import CheckpointProblems, Source
+from dsjax.checkpoint.sources import CheckpointProblems, Source, is_run
 from dsjax.checkpoint.weights import DOCUMENT, open_weights, plan_weights
 from dsjax.config import ModelConfig
 
@@ -41,6 +40,8 @@ def open_checkpoint(
     if (path / DOCUMENT).exists():
         source = open_weights(path)
     elif is_run(path):
+        from dsjax.checkpoint.runs import open_run  # Orbax takes a second to import.
+
         source = open_run(path, step, weights)
     elif is_deepseek(path):
         source = open_deepseek(path, config)

@@ -7,17 +7,9 @@ from typing import Literal
 import numpy as np
 
 from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint
-from dsjax.checkpoint.sources import CheckpointProblems, InMemory, Source, show_arrays
+from dsjax.checkpoint.sources import CheckpointProblems, InMemory, Source, checkpoints_of, show_arrays
 from dsjax.config import ModelConfig
 from dsjax.settings import from_dict
-
-FOLDER = "checkpoints"
-"""Folder of a run that holds its checkpoints."""
-
-
-def is_run(path: Path) -> bool:
-    """Return whether a folder is a run's, or holds checkpoints itself."""
-    return path.is_dir() and any(child.name.isdigit() for child in _checkpoints(path).iterdir())
 
 
 def open_run(path: Path, step: int | None = None, weights: Literal["live", "ema"] = "live") -> Source:
@@ -29,13 +21,13 @@ def open_run(path: Path, step: int | None = None, weights: Literal["live", "ema"
     Raises:
         CheckpointProblems: the checkpoint is damaged, or has no such weights.
     """
-    checkpoints = Checkpoints(_checkpoints(path))
+    checkpoints = Checkpoints(checkpoints_of(path))
     steps = checkpoints.steps()
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
-        raise CheckpointProblems(_checkpoints(path), [f"no checkpoint of step {step}; there are {there}"])
+        raise CheckpointProblems(checkpoints_of(path), [f"no checkpoint of step {step}; there are {there}"])
     step = steps[-1] if step is None else step
-    where = _checkpoints(path) / str(step)
+    where = checkpoints_of(path) / str(step)
     tree = "params" if weights == "live" else "ema"
     try:
         config = from_dict(ModelConfig, checkpoints.read_metadata(step)["config"]["model"])
@@ -63,7 +55,3 @@ def open_run(path: Path, step: int | None = None, weights: Literal["live", "ema"
     source.notes.append(f"weights: {weights}, of step {step}")
     source.add_copies()
     return source
-
-
-def _checkpoints(path: Path) -> Path:
-    return path / FOLDER if (path / FOLDER).is_dir() else path

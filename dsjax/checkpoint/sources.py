@@ -18,6 +18,8 @@ from dsjax.checkpoint.files import DTYPES, FileTensor, SafetensorsFile, Stored
 from dsjax.checkpoint.names import Tensor, scale_name, scale_shape, tensors
 from dsjax.config import ModelConfig
 
+RUN_FOLDER = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
 Form = Literal["huggingface", "deepseek", "dsjax", "run", "memory"]
 
 
@@ -261,6 +263,16 @@ def open_files(paths: Iterable[Path], problems: list[str]) -> dict[Path, Any]:
         except ValueError as error:
             problems.append(str(error).replace(f"{path}", path.name))
     return opened
+
+
+def checkpoints_of(path: Path) -> Path:
+    """Return the folder of a run's checkpoints, which may be named itself."""
+    return path / RUN_FOLDER if (path / RUN_FOLDER).is_dir() else path
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run's, or that of its checkpoints."""
+    return path.is_dir() and any(child.name.isdigit() for child in checkpoints_of(path).iterdir())
 
 
 def read_json(path: Path, problems: list[str]) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from dsjax.checkpoint.forms import open_checkpoint
 from dsjax.checkpoint.huggingface import load
 from dsjax.checkpoint.native import Checkpoints, NoUsableCheckpoint
-from dsjax.checkpoint.runs import FOLDER
+from dsjax.checkpoint.sources import RUN_FOLDER
 from dsjax.config import ModelConfig
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.model.layers import cast_weights
@@ -65,13 +65,13 @@ def _load_run(path: Path, ema: bool) -> Model:
     run = load_config([str(path / "config.toml")])
     if ema and not run.train.ema_decay:
         raise ValueError(f"{path}: the run keeps no average of its weights (train.ema_decay = 0); leave --ema out")
-    if not (path / FOLDER).is_dir():
+    if not (path / RUN_FOLDER).is_dir():
         raise ValueError(f"{path}: the run has no checkpoint yet")
     config = replace(run.model, num_nextn_predict_layers=0)
     params, biases = abstract_parameters(config)
     tree = "ema" if ema else "params"
     try:
-        with Checkpoints(path / FOLDER) as checkpoints:
+        with Checkpoints(path / RUN_FOLDER) as checkpoints:
             step, found, _ = checkpoints.restore({tree: params, "biases": biases}, partial=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: the run has no checkpoint yet") from None

@@ -8,7 +8,8 @@ Dimensions: B batch, S positions, H heads, dk width of queries and keys, dv widt
 
 import functools
 import importlib.util
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,15 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, PyTree
 
-Implementation = Literal["auto", "plain", "chunked", "cudnn", "splash", "tokamax"]
+from dsjax.config import AttentionKernel
 
 HIDDEN = -1e30
 """Added to the score of a key that a query must not see; finite, so that no difference of two of them is NaN."""
 
 
-def resolve(impl: Implementation, platform: str, dtype: DTypeLike = jnp.bfloat16) -> Implementation:
+def resolve(impl: AttentionKernel, platform: str, dtype: DTypeLike = jnp.bfloat16) -> AttentionKernel:
     """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `jax.default_backend()` says).
 
     `auto` is cuDNN on NVIDIA for 16-bit inputs, splash attention on TPU, and blocks of plain XLA elsewhere.
@@ -32,8 +33,8 @@ def resolve(impl: Implementation, platform: str, dtype: DTypeLike = jnp.bfloat16
     Raises:
         ValueError: no such implementation, or one that cannot run there.
     """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"attention: no implementation {impl!r}; there are {', '.join(get_args(Implementation))}")
+    if impl not in get_args(AttentionKernel):
+        raise ValueError(f"attention: no implementation {impl!r}; there are {', '.join(get_args(AttentionKernel))}")
     sixteen_bits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if impl == "auto":
         return {"gpu": "cudnn" if sixteen_bits else "chunked", "tpu": "splash"}.get(platform, "chunked")
@@ -56,7 +57,7 @@ def causal_attention(
     *,
     scale: float,
     segments: Int32[Array, "B S"] | None = None,
-    impl: Implementation = "auto",
+    impl: AttentionKernel = "auto",
 ) -> Float[Array, "B S H dv"]:
     """Attend to all positions up to one's own; with `segments`, only to those of the same segment (document).
 
@@ -103,17 +104,18 @@ def chunked(q: Array, k: Array, v: Array, segments: Array | None, scale: float) 
 
 def _chunked_forward(q, k, v, segments, scale):
     queries, keys, values = _head_rows(q * scale), _head_columns(k), _head_rows(v)
-    outs, lses = [], []
+    parts = []
     for begin, end in _blocks(q.shape[1]):
+        queries = _after(parts, queries)
         scores = _dot("bhqd,bhdk->bhqk", queries[:, :, begin:end], keys[..., :end]) + _bias(begin, end, segments)
         largest = scores.max(-1, keepdims=True)
         exponentials = jnp.exp(scores - largest)
         denominator = exponentials.sum(-1, keepdims=True)
         out = _dot("bhqk,bhkd->bhqd", exponentials.astype(v.dtype), values[:, :, :end]) / denominator
-        outs.append(out.astype(v.dtype))
-        lses.append(largest + jnp.log(denominator))
-    out = checkpoint_name(_from_head_rows(jnp.concatenate(outs, 2)), "attention_out")
-    lse = checkpoint_name(jnp.concatenate(lses, 2), "attention_lse")
+        parts.append((out.astype(v.dtype), largest + jnp.log(denominator)))
+    out, lse = (jnp.concatenate(blocks, 2) for blocks in zip(*parts, strict=True))
+    out = checkpoint_name(_from_head_rows(out), "attention_out")
+    lse = checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segments, out, lse)
 
 
@@ -124,18 +126,20 @@ def _chunked_backward(scale, residuals, dout):
     key_rows, key_columns, value_columns = _head_rows(k), _head_columns(k), _head_columns(v)
     dout_rows, dout_columns = _head_rows(dout), _head_columns(dout)
     dot_of_outs = (dout.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[..., None]
-    dq, dk, dv = [], [], []
+    parts = []
     for begin, end in _blocks(q.shape[1]):
+        queries, dout_rows = _after(parts, (queries, dout_rows))
         scores = _dot("bhqd,bhdk->bhqk", queries[:, :, begin:end], key_columns[..., :end]) + _bias(begin, end, segments)
         p = jnp.exp(scores - lse[:, :, begin:end])
         dp = _dot("bhqd,bhdk->bhqk", dout_rows[:, :, begin:end], value_columns[..., :end])
         dscores = (p * (dp - dot_of_outs[:, :, begin:end])).astype(q.dtype)
-        dq.append(_dot("bhqk,bhkd->bhqd", dscores, key_rows[:, :, :end]) * scale)
-        dk.append(_dot("bhdq,bhqk->bhdk", query_columns[..., begin:end], dscores))
-        dv.append(_dot("bhdq,bhqk->bhdk", dout_columns[..., begin:end], p.astype(v.dtype)))
-    dq, dk, dv = jnp.concatenate(dq, 2), _sum_prefixes(dk), _sum_prefixes(dv)
-    columns = (_from_head_columns(a).astype(v.dtype) for a in (dk, dv))
-    return _from_head_rows(dq).astype(q.dtype), *columns, None
+        dq = _dot("bhqk,bhkd->bhqd", dscores, key_rows[:, :, :end]) * scale
+        dk = _dot("bhdq,bhqk->bhdk", query_columns[..., begin:end], dscores)
+        dv = _dot("bhdq,bhqk->bhdk", dout_columns[..., begin:end], p.astype(v.dtype))
+        parts.append((dq, dk, dv))
+    dq, dk, dv = zip(*parts, strict=True)
+    dq, dk, dv = _from_head_rows(jnp.concatenate(dq, 2)), *(_from_head_columns(_sum_prefixes(d)) for d in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -186,6 +190,13 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
+def _after(parts: list, x: PyTree) -> PyTree:
+    """`x`, but not before the last part is there: XLA would run blocks side by side and hold all their probabilities."""
+    if parts:
+        x, parts[-1] = lax.optimization_barrier((x, parts[-1]))
+    return x
+
+
 def _bias(begin: int, end: int, segments: Array | None) -> Float[Array, "#B 1 q k"]:
     """0 where the queries begin..end see the keys 0..end, `HIDDEN` where they do not."""
     # A constant and not two iotas: adding one is as fast as reading it, comparing is not (on a CPU, half of the exp).
@@ -217,7 +228,7 @@ def _from_head_columns(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2)
 
 
-def _sum_prefixes(parts: list[Array]) -> Array:
+def _sum_prefixes(parts: Sequence[Array]) -> Array:
     """Sum arrays [..., n] of growing n, each missing zeros at its end."""
     length = parts[-1].shape[-1]
     padded = [lax.pad(p, jnp.zeros((), p.dtype), [(0, 0, 0)] * 3 + [(0, length - p.shape[-1], 0)]) for p in parts]

@@ -8,17 +8,14 @@ Dimensions: R rows of the buffer, G groups, K input width, N output width, A ali
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-Implementation = Literal["auto", "tiles", "batched", "ragged"]
-"""`tiles` loops over blocks of rows that are really there, however they are divided: CPU, and correct everywhere.
-`batched` is one batched product of all tiles with copies of their matrices: NVIDIA, where every turn of a loop is felt.
-`ragged` is `jax.lax.ragged_dot`, a kernel on TPU; elsewhere XLA multiplies every row with every matrix."""
+from dsjax.config import GroupedMatmulKernel
 
 MULTIPLES = (16, 4, 1)
 """Block sizes of `tiles`, in units of the alignment. Large products run at full speed, small ones leave no row over."""
@@ -95,21 +92,27 @@ def group_rows(sizes: Int32[Array, "G"], rows: int, alignment: int) -> Groups:
     return Groups(sizes, tiles * alignment, group_of_tile, tuple(blocks), rows, alignment)
 
 
-def resolve(impl: Implementation, platform: str) -> Implementation:
+def resolve(impl: GroupedMatmulKernel, platform: str) -> GroupedMatmulKernel:
     """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `jax.default_backend()` says).
+
+    `tiles` loops over blocks of rows that are really there, however they are divided: CPU, and correct everywhere.
+    `batched` is one batched product of all tiles with copies of their matrices: NVIDIA, where every turn of a loop is
+    felt. `ragged` is `jax.lax.ragged_dot`, a kernel on TPU; elsewhere XLA multiplies every row with every matrix.
 
     Raises:
         ValueError: no such implementation.
     """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"grouped matmul: no implementation {impl!r}; there are {', '.join(get_args(Implementation))}")
+    if impl not in get_args(GroupedMatmulKernel):
+        raise ValueError(
+            f"grouped matmul: no implementation {impl!r}; there are {', '.join(get_args(GroupedMatmulKernel))}"
+        )
     if impl != "auto":
         return impl
     return {"cpu": "tiles", "tpu": "ragged"}.get(platform, "batched")
 
 
 def grouped_matmul(
-    x: Float[Array, "R K"], w: Float[Array, "G N K"], groups: Groups, impl: Implementation = "auto"
+    x: Float[Array, "R K"], w: Float[Array, "G N K"], groups: Groups, impl: GroupedMatmulKernel = "auto"
 ) -> Float[Array, "R N"]:
     """y = x @ w[g].T for the rows of each group g; zero in all other rows.
 
@@ -148,7 +151,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnames=("impl", "contract"))
 def _rows_times_matrices(
-    x: Float[Array, "R I"], w: Float[Array, "G N K"], groups: Groups, impl: Implementation, contract: int
+    x: Float[Array, "R I"], w: Float[Array, "G N K"], groups: Groups, impl: GroupedMatmulKernel, contract: int
 ) -> Float[Array, "R O"]:
     """x @ w[g].T (`contract` = 2) or x @ w[g] (`contract` = 1), row by row."""
     out_width = w.shape[3 - contract]
@@ -181,7 +184,7 @@ def _rows_times_matrices(
 
 @functools.partial(jax.jit, static_argnames=("impl",))
 def _rows_times_rows(
-    dy: Float[Array, "R N"], x: Float[Array, "R K"], groups: Groups, impl: Implementation
+    dy: Float[Array, "R N"], x: Float[Array, "R K"], groups: Groups, impl: GroupedMatmulKernel
 ) -> Float[Array, "G N K"]:
     """dy.T @ x of each group's rows, in float32. Zero rows of `x` count for nothing, whatever `dy` holds there."""
     num_groups = groups.sizes.shape[0]

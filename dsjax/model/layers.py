@@ -18,6 +18,12 @@ def weight(config: ModelConfig, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def embedding(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
+    """Return the float32 embedding, [V, D]."""
+    std = config.embedding_initializer_range or config.initializer_range
+    return nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32))
+
+
 def norm_weight(width: int) -> nnx.Param:
     """Return the gain of an RMSNorm, at 1."""
     return nnx.Param(jnp.ones(width, jnp.float32))

@@ -19,9 +19,19 @@ EDGES = ("embed", "norm", "head")
 def stack(canonical: PyTree, config: ModelConfig) -> PyTree:
     """Return the stacked layout: `embed`, `norm`, `head`, and `dense`, `moe`, `mtp` with a leading axis of layers."""
     layers = canonical.get("layers", {})
+
+    def present(indices: range) -> list[PyTree]:
+        """Return all of these layers, or none: dense layers have no router biases."""
+        names = [str(i) for i in indices]
+        if missing := [name for name in names if name not in layers]:
+            if len(missing) < len(names):
+                raise ValueError(f"layers {', '.join(missing)} are missing of a model with {config.num_hidden_layers}")
+            return []
+        return [layers[name] for name in names]
+
     groups = {
-        "dense": [layers[str(i)] for i in _dense(config) if str(i) in layers],
-        "moe": [layers[str(i)] for i in _moe(config) if str(i) in layers],
+        "dense": present(_dense(config)),
+        "moe": present(_moe(config)),
         "mtp": [module for _, module in sorted(canonical.get("mtp", {}).items(), key=lambda item: int(item[0]))],
     }
     stacked = {name: jax.tree.map(_stack_leaves, *group) for name, group in groups.items() if group}

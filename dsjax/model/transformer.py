@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from dsjax.config import ModelConfig
 from dsjax.model.block import Block, block_function
 from dsjax.model.context import Context, context
-from dsjax.model.layers import RouterBias, cast_weights, linear, norm_weight, rms_norm, weight
+from dsjax.model.layers import RouterBias, cast_weights, embedding, linear, norm_weight, rms_norm, weight
 from dsjax.model.layout import stack
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import MoEAux
@@ -34,13 +34,13 @@ class Transformer(nnx.Module):
         depth = config.num_nextn_predict_layers
         if depth:
             self.mtp = nnx.List([MTP(config, _rngs(key, layers + k)) for k in range(depth)])
-        self.embed = weight(config, _rngs(key, layers + depth), config.vocab_size, config.hidden_size)
+        self.embed = embedding(config, _rngs(key, layers + depth))
         self.norm = norm_weight(config.hidden_size)
         self.head = weight(config, _rngs(key, layers + depth + 1), config.vocab_size, config.hidden_size)
 
     def __call__(
         self, tokens: Int[Array, "B S"], runtime: Runtime | None = None
-    ) -> tuple[Float[Array, "B S V"], MoEAux]:
+    ) -> tuple[Float[Array, "B S V"], MoEAux | None]:
         """Return float32 logits of the next token at every position, and what the MoE layers report."""
         runtime = runtime or Runtime()
         params, biases = (stack(tree, self.config) for tree in split(self))
@@ -81,7 +81,7 @@ def initial_parameters(config: ModelConfig, seed: int) -> tuple[PyTree, PyTree]:
         return jax.vmap(lambda i: split(make(_rngs(key, i))))(jnp.arange(first, first + count))
 
     params = {
-        "embed": weight(config, _rngs(key, layers + depth), config.vocab_size, config.hidden_size)[...],
+        "embed": embedding(config, _rngs(key, layers + depth))[...],
         "norm": norm_weight(config.hidden_size)[...],
         "head": weight(config, _rngs(key, layers + depth + 1), config.vocab_size, config.hidden_size)[...],
     }

@@ -1,5 +1,7 @@
 """The folder of a run: who may use it, what is resumed from it, and what is saved into it."""
 
+import fcntl
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from dsjax.checkpoint.native import Checkpoints, differing_fields
+from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint, differing_fields
 from dsjax.config import Config
 from dsjax.data.tokens import TokenCache
 from dsjax.model.layout import stack, unstack
@@ -23,6 +25,12 @@ MAY_CHANGE = {
 }
 """Settings that a resumed run may have otherwise: its numbers do not depend on them. Paths are covered by the
 fingerprint of the tokens behind them."""
+
+CONTENTS = (
+    *("checkpoints", "tensorboard", "pictures", "metrics.jsonl", "metrics.draft"),
+    *("baselines.json", "tokenizer.json", "config.toml"),
+)
+"""What a run leaves in its folder; `config.toml` is last to go, for it makes the folder a run's."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Resumed:
 class RunFolder:
     """A run's folder: `config.toml`, `tokenizer.json`, `checkpoints/`, and what the run writes about itself.
 
-    A context, inside of which `checkpoints` is open; nothing is made before.
+    A context, inside of which `checkpoints` is open and no other process may run in the folder; nothing is made or
+    deleted before.
     """
 
     checkpoints: Checkpoints
@@ -49,13 +58,13 @@ class RunFolder:
 
         Args:
             fresh: begin at step 0; a folder that a run has used is refused.
-            overwrite: together with `fresh`, delete what that run left.
+            overwrite: together with `fresh`, delete what that run left, once the context is entered.
 
         Raises:
             ValueError: the folder is used, or holds something that is not a run.
         """
         self.path = Path(config.run)
-        self._config = config
+        self._config, self._overwrite = config, overwrite
         if overwrite and not fresh:
             raise ValueError("--overwrite goes with --fresh: without it, the same command resumes the run")
         used = self.path.is_dir() and any(self.path.iterdir())
@@ -66,11 +75,20 @@ class RunFolder:
                 f"run = {config.run!r}: a run is there, which --fresh would lose; "
                 "add --overwrite, or name another folder"
             )
-        if used and fresh:
-            shutil.rmtree(self.path)
 
     def __enter__(self) -> "RunFolder":
+        """Raise ValueError if another process runs in the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)  # given back by the system too, however the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(
+                f"run = {self._config.run!r}: another process is running it; stop that one, or name another folder"
+            ) from None
+        if self._overwrite:
+            self._delete()
         config = self.path / "config.toml"
         if not config.exists():  # from here on the folder is a run's, even if the run dies before its first checkpoint
             config.write_text(to_toml(self._config), "utf-8")
@@ -78,7 +96,18 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.checkpoints.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            os.close(self._lock)
+
+    def _delete(self) -> None:
+        for name in CONTENTS:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def resume(self, fingerprint: str) -> Resumed | None:
         """Return the newest undamaged checkpoint's contents, or None in a run that has saved nothing yet.
@@ -87,22 +116,29 @@ class RunFolder:
             fingerprint: of the tokens that the run would read now.
 
         Raises:
-            ValueError: the checkpoint is of other settings or other data; the message lists what differs.
+            ValueError: the checkpoint is of other settings or other data; the message lists what differs. Or every
+                checkpoint is damaged.
         """
         if not self.checkpoints.steps():
             return None
         abstract = abstract_state(self._config)
         if self._config.train.ema_decay:
             abstract["ema"] = abstract["params"]
-        # Settings first: arrays that do not fit are best explained by what was set otherwise.
-        self._check(self.checkpoints.read_metadata(self.checkpoints.steps()[-1]), fingerprint)
-        _, tree, metadata = self.checkpoints.restore(abstract)
+        self._check(fingerprint)
+        try:
+            _, tree, metadata = self.checkpoints.restore(abstract)
+        except NoUsableCheckpoint as error:
+            raise ValueError(f"run = {self._config.run!r}: {error}; begin anew with --fresh --overwrite") from None
         average = tree.pop("ema", None)
         if average is not None:
             average = jax.tree.map(np.asarray, stack(average, self._config.model))
         return Resumed(from_canonical(tree, self._config.model), average, metadata["seconds"])
 
-    def _check(self, metadata: dict[str, Any], fingerprint: str) -> None:
+    def _check(self, fingerprint: str) -> None:
+        """Compare settings before any array is read: they best explain arrays that do not fit."""
+        metadata = self._newest_metadata()
+        if metadata is None:
+            return
         lines = differing_fields(metadata["config"], to_dict(self._config))
         lines = [line for line in lines if line.partition(":")[0] not in MAY_CHANGE]
         if lines:
@@ -115,6 +151,14 @@ class RunFolder:
                 f"run = {self._config.run!r}: its checkpoint was made from other data than the source gives now; "
                 "put the data back, name another folder, or begin anew with --fresh --overwrite"
             )
+
+    def _newest_metadata(self) -> dict[str, Any] | None:
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                return self.checkpoints.read_metadata(step)
+            except DamagedCheckpoint:  # which `restore` reports
+                continue
+        return None
 
     def describe(self, data: TokenCache) -> None:
         """Write the resolved settings and the tokenizer, which other commands read."""

@@ -37,6 +37,8 @@ class Interrupts:
         self._outbox.setblocking(False)  # the interpreter insists
         self._wakeup = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is signal.SIG_IGN:  # a shell's background job is to outlive its Ctrl-C
+                continue
             # The handler itself has nothing to do, but without one Python would not write to the socket.
             self._handlers[number] = signal.signal(number, lambda *_: None)
         self._watcher = threading.Thread(target=self._watch, name="interrupts", daemon=True)

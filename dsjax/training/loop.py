@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsjax.config import Config
 from dsjax.data.batches import Batches
-from dsjax.data.tokens import TokenCache, load_tokens
+from dsjax.data.tokens import Progress, TokenCache, load_tokens
 from dsjax.model.causal_attention import resolve as resolve_attention
 from dsjax.model.flops import parameter_count, peak, training_flops_per_token
 from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
@@ -71,7 +71,7 @@ def train(
     """
     console = console or Console(highlight=False, soft_wrap=True)
     folder = RunFolder(config, fresh=fresh, overwrite=overwrite)
-    data = load_tokens(config.data, config.model.vocab_size, lambda *progress: _show_data(console, *progress))
+    data = load_tokens(config.data, config.model.vocab_size, _data_progress(console))
     runtime = runtime_of(config)
     _announce(console, config, runtime, data)
     with folder:
@@ -122,10 +122,10 @@ class Run:
             names = moe_layer_names(self.config.model)
             board = stack.enter_context(closing(TensorBoard(path / "tensorboard", self.first, names)))
             val_loss = next((r["val_loss"] for r in reversed(metrics_file.kept) if "val_loss" in r), None)
+            interrupts = stack.enter_context(Interrupts(self._acknowledge))
             display = stack.enter_context(
                 ProgressDisplay(self.console, first_step=self.first, last_step=steps, val_loss=val_loss)
             )
-            interrupts = stack.enter_context(Interrupts(lambda name: self._acknowledge(name)))
             recorder = self._recorder([metrics_file, board], display)
             done = self.first
             for step, tokens in self._prefetched():
@@ -140,7 +140,6 @@ class Run:
                     self._save(recorder, metrics_file)
                 if last:
                     break
-            recorder.flush()
             self.folder.checkpoints.wait()
         return self._conclude(done, names)
 
@@ -148,7 +147,7 @@ class Run:
         knobs = Knobs(self.schedule.learning_rate(step), self.schedule.mtp_weight(step), self.schedule.bias_speed(step))
         self.state, metrics = self.train_step(self.state, jnp.asarray(tokens), knobs)
         if self.ema:
-            self.ema.update(self.state.params)
+            self.ema.update(self.state.params, metrics["finite"])
         batch, length = tokens.shape[0] * tokens.shape[1], self.config.data.sequence_length
         read = self.schedule.first_sequence(step) + batch
         recorder.step(
@@ -162,16 +161,17 @@ class Run:
             ),
             metrics,
         )
-        self._refuse_to_go_on_without_numbers(recorder)
+        self._require_numbers(recorder)
 
-    def _refuse_to_go_on_without_numbers(self, recorder: Recorder) -> None:
-        most = self.config.train.max_bad_steps
-        if recorder.skipped_in_a_row >= most:
-            step = recorder.latest["step"]
+    def _require_numbers(self, recorder: Recorder) -> None:
+        """Raise TrainingFailed if too many steps in a row were skipped, the last one recorded among them."""
+        bad = recorder.skipped_in_a_row
+        if recorder.latest and bad >= self.config.train.max_bad_steps:
             raise TrainingFailed(
-                f"losses or gradients of the last {most} steps, up to step {step}, were not finite, so they changed "
-                f"no weights; try a lower optimizer.learning_rate or a longer optimizer.warmup; "
-                f"checkpoints in {self.folder.path}: {self.folder.checkpoints.steps() or 'none'}"
+                f"losses or gradients of {bad} steps in a row, up to step {recorder.latest['step']}, were not finite, "
+                "so they changed no weights; begin anew, in another folder, with a lower optimizer.learning_rate or a "
+                f"longer optimizer.warmup; steps saved in {self.folder.path}: "
+                f"{', '.join(map(str, self.folder.checkpoints.steps())) or 'none'}"
             )
 
     def _prefetched(self) -> Iterator[tuple[int, Int32[np.ndarray, "A B S1"]]]:
@@ -202,6 +202,7 @@ class Run:
 
     def _save(self, recorder: Recorder, metrics_file: MetricsFile) -> None:
         recorder.flush()
+        self._require_numbers(recorder)
         metrics_file.sync()
         with recorder.pause():
             average = self.ema.value() if self.ema else None
@@ -232,10 +233,13 @@ class Run:
             draw_pictures(path / "pictures", records, self.baselines, names)
         val_loss = next((record["val_loss"] for record in reversed(records) if "val_loss" in record), None)
         if done < steps:
-            self.console.print(f"stopped at step {done} of {steps}, saved; the same command resumes in {path}")
+            self.console.print(f"stopped at step {done} of {steps}, saved; to resume, run the command without --fresh")
         elif val_loss is not None:
-            gaps = ", ".join(f"{loss - val_loss:+.3f} {name}" for name, loss in self.baselines.items())
-            self.console.print(f"validation loss {val_loss:.3f} nats per token; below n-gram models by {gaps}")
+            gaps = ", ".join(
+                f"{abs(val_loss - loss):.3f} {'below' if val_loss < loss else 'above'} the {name}'s"
+                for name, loss in self.baselines.items()
+            )
+            self.console.print(f"validation loss {val_loss:.3f} nats per token: {gaps}")
             self.console.print(f"pictures  {path / 'pictures'}")
         return Summary(done, done == steps, val_loss, self.baselines, path)
 
@@ -261,7 +265,13 @@ def _announce(console: Console, config: Config, runtime: Runtime, data: TokenCac
     console.print(f"run       {config.run}, {config.train.steps} steps")
 
 
-def _show_data(console: Console, stage: str, done: int, total: int) -> None:
-    """Say once that a stage of making the tokens has begun, and once that it has ended."""
-    if done == total:
-        console.print(f"{stage}: {quantity(total)} bytes")
+def _data_progress(console: Console) -> Progress:
+    """Say once that a stage of making the tokens has begun; nothing where they come from the cache."""
+    begun = set()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in begun:
+            begun.add(stage)
+            console.print(f"{stage}, {quantity(total)} bytes")
+
+    return show

@@ -106,7 +106,7 @@ def _finite(value: Any) -> Any:
 
 
 class TensorBoard:
-    """TensorBoard event files with every number of a record, and one curve per layer of the expert load."""
+    """TensorBoard event files with every finite number of a record, and one curve per layer of the expert load."""
 
     def __init__(self, folder: Path, last_step: int, layers: Sequence[str]):
         # purge_step tells TensorBoard to forget what an earlier process wrote for the steps that are done again.
@@ -116,7 +116,7 @@ class TensorBoard:
     def write(self, record: Record) -> None:
         step = record["step"]
         for key, value in record.items():
-            if isinstance(value, int | float) and key != "step":
+            if isinstance(value, int | float) and math.isfinite(value) and key != "step":
                 self._writer.add_scalar(key, value, step)
         per_layer = record["expert_load_max_over_mean_per_layer"]
         for layer, value in zip(self._layers, per_layer, strict=True):
@@ -253,10 +253,10 @@ class Recorder:
 
     def _record(self, facts: StepFacts, numbers: Mapping[str, np.ndarray]) -> Record:
         rate = self._tokens / self._seconds if self._seconds else None
-        loads = load_over_mean(numbers["loads"])
+        loads = load_over_mean(numbers.get("loads", np.zeros((0, 1))))  # a model of dense layers routes nothing
         return {
             "step": facts.step,
-            **{key: float(numbers[key]) for key in ("loss", "loss_mtp", "loss_balance", "grad_norm")},
+            **{key: float(numbers.get(key, 0.0)) for key in ("loss", "loss_mtp", "loss_balance", "grad_norm")},
             "learning_rate": float(facts.learning_rate),
             "mtp_weight": float(facts.mtp_weight),
             "bias_speed": float(facts.bias_speed),

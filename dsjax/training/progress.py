@@ -39,6 +39,8 @@ class ProgressDisplay:
     def __enter__(self):
         if self._bar:
             self._bar.start()
+        elif self._first_step < self._last_step:
+            self._console.print(self._numbers)
         return self
 
     def __exit__(self, *exception):

@@ -37,6 +37,15 @@ def segment_ids(tokens: Int[Array, "*B S"], end_of_document: int) -> Int[Array, 
     return jnp.cumsum(ends, axis=-1) - ends
 
 
+def _segments(config: Config, tokens: Array, end_of_document: int | None) -> Array | None:
+    """Return the documents of a window's input tokens where attention is to stop at their borders."""
+    if not config.data.document_mask:
+        return None
+    if end_of_document is None:
+        raise ValueError("data.document_mask = True: needs the token that ends a document, which data.tokenizer has")
+    return segment_ids(tokens[:, :-1], end_of_document)
+
+
 def accumulated_loss_and_grads(config: Config, runtime: Runtime, end_of_document: int | None = None) -> LossAndGrads:
     """Return the loss and gradients of a step on one device: micro-batches one after another, added in float32.
 
@@ -45,14 +54,13 @@ def accumulated_loss_and_grads(config: Config, runtime: Runtime, end_of_document
     """
 
     def objective(params: PyTree, biases: PyTree, tokens: Array, mtp_weight: Array) -> tuple[Array, Losses]:
-        segments = segment_ids(tokens[:, :-1], end_of_document) if config.data.document_mask else None
         parts = losses(
             params,
             biases,
             tokens,
             config=config.model,
             runtime=runtime,
-            segments=segments,
+            segments=_segments(config, tokens, end_of_document),
             balance_weight=config.train.balance_weight,
         )
         return parts.main + mtp_weight * parts.mtp, parts
@@ -154,7 +162,7 @@ def make_evaluate(
 
     @jax.jit
     def evaluate(params: PyTree, biases: PyTree, tokens: Array) -> dict[str, Array]:
-        segments = segment_ids(tokens[:, :-1], end_of_document) if config.data.document_mask else None
+        segments = _segments(config, tokens, end_of_document)
         parts = losses(params, biases, tokens, config=config.model, runtime=runtime, segments=segments)
         return {"loss": parts.main, "loss_mtp": parts.mtp}
 

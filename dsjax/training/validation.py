@@ -1,5 +1,6 @@
 """How well the model predicts held-out tokens, and how well counting n-grams would have."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,10 @@ class Validation:
             cache: file that keeps the result for when the run is resumed.
         """
         key = f"{self._data.fingerprint} {self.rows.shape}"
-        if cache.is_file() and (known := json.loads(cache.read_text())).get("of") == key:
-            return known["nats_per_token"]
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there, or cut short by a crash
+            known = json.loads(cache.read_text())
+            if known["of"] == key:
+                return known["nats_per_token"]
         found = baselines(self._data.train, self.rows, vocab_size)
         result = {"Kneser-Ney bigram": found.bigram, "Kneser-Ney trigram": found.trigram}
         cache.write_text(json.dumps({"of": key, "nats_per_token": result}))

@@ -63,8 +63,8 @@ def test_the_definition_in_numpy():
 
 @pytest.mark.parametrize("impl", ["plain", "chunked"])
 def test_bfloat16_has_a_float32_softmax(impl):
-    """Sums over 600 keys are right to bfloat16's last place, not to the sum of so many roundings."""
-    q, k, v, dout = inputs(600, batch=1, heads=1, dtype=jnp.bfloat16)
+    """Sums over 300 keys are right to bfloat16's last place, not to the sum of so many roundings."""
+    q, k, v, dout = inputs(300, batch=1, heads=1, dtype=jnp.bfloat16)
     got = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, scale=SCALE, impl=impl), q, k, v, dout)
     assert all(a.dtype == jnp.bfloat16 for a in got)
     for a, b in zip(got, expected(q, k, v, dout, None), strict=True):

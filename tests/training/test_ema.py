@@ -69,3 +69,12 @@ def test_an_error_of_the_thread_is_not_lost():
     ema.update({"a": weights(0)["a"], "b": {"c": jnp.ones(4)}})
     with pytest.raises(ValueError, match="broadcast"):
         ema.value()
+
+
+@pytest.mark.parametrize("moved", [False, jnp.zeros((), bool)], ids=["host", "device"])
+def test_a_skipped_step_leaves_the_average(moved):
+    ema = HostEma(weights(0), DECAY)
+    ema.update(weights(1))
+    before = ema.value()
+    ema.update(weights(2), moved)
+    jax.tree.map(np.testing.assert_array_equal, ema.value(), before)
