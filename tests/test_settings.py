@@ -279,7 +279,7 @@ def test_help_fits_its_page_and_shows_every_setting(words, monkeypatch, capsys):
         options = {word for line in page.splitlines() for word in line.replace(",", " ").split() if word[:2] == "--"}
         for name in ("fresh", "print-config", "run", "train.steps", "model.vocab-size", "model.rope-scaling.factor"):
             assert f"--{name}" in options
-    shown = f"(default: {load_model_config('tiny').vocab_size})"
+    shown = f"(default: {load_model_config('tiny').intermediate_size})"
     assert (shown in page) == (words != ["--help"])
 
 

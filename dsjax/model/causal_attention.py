@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from dsjax.config import AttentionKernel
 
+SMALLEST_BLOCK = 64
+"""Queries of a block in short sequences; fewer make products too small for a CPU."""
 HIDDEN = -1e30
 """Added to the score of a key that a query must not see; finite, so that no difference of two of them is NaN."""
 
@@ -88,8 +90,8 @@ def plain(q: Array, k: Array, v: Array, scale: float, segments: Array | None = N
 
 
 def block_size(length: int) -> int:
-    """Queries per block of `chunked`: at most 16 blocks, because each is compiled, and at least 64 queries."""
-    return max(64, -(-length // (16 * 64)) * 64)
+    """Queries per block of `chunked`: at most 16 blocks, because each is compiled."""
+    return max(1, -(-length // (16 * SMALLEST_BLOCK))) * SMALLEST_BLOCK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -191,8 +193,8 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _after(parts: list, x: PyTree) -> PyTree:
-    """`x`, but not before the last part is there: XLA would run blocks side by side and hold all their probabilities."""
-    if parts:
+    """`x`, but not before the last part is there: XLA would run long blocks side by side and hold all probabilities."""
+    if parts and parts[0][0].shape[2] > SMALLEST_BLOCK:
         x, parts[-1] = lax.optimization_barrier((x, parts[-1]))
     return x
 
