@@ -7,6 +7,7 @@ keep other threads waiting; ml_dtypes defines what is right, and the tests compa
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,8 @@ from dsjax.checkpoint.names import scale_shape
 BLOCK = 128
 E4M3_MAX = 448.0
 _SMALLEST_AMAX = 1e-4
+_IN_CACHE = 1 << 16
+"""Elements that fit into a core's cache with what is made of them."""
 _TO_FLOAT32 = np.float32(2.0**120)
 """E4M3's exponent field, moved into a float32, counts from 2**-127 instead of 2**-7."""
 _SMALLEST_NORMAL = np.float32(2.0**-6)
@@ -25,23 +28,31 @@ _SUBNORMAL_STEP = np.float32(2.0**14)
 
 
 def dequantize(
-    codes: Float[np.ndarray, "R C"], scales: Float[np.ndarray, "r c"], first_row: int = 0, first_column: int = 0
+    codes: Float[np.ndarray, "R C"],
+    scales: Float[np.ndarray, "r c"],
+    first_row: int = 0,
+    first_column: int = 0,
+    dtype: Any = np.float32,
 ) -> Float[np.ndarray, "R C"]:
-    """Return code x scale in float32, rounded once.
+    """Return code x scale, rounded to float32 and then to `dtype`.
 
     Args:
         codes: float8_e4m3fn, a part of a weight that starts at (first_row, first_column).
         scales: float32, of all blocks of the weight.
+        dtype: of the result, float32 or bfloat16.
     """
-    values = e4m3_to_float32(codes)
+    out = np.empty(codes.shape, dtype)
     columns = np.arange(first_column, first_column + codes.shape[1]) // BLOCK
+    rows = max(1, _IN_CACHE // codes.shape[1])
     row = 0
-    while row < len(values):
+    while row < len(codes):
         block = (first_row + row) // BLOCK
-        stop = min(len(values), (block + 1) * BLOCK - first_row)
-        values[row:stop] *= scales[block][columns]
+        stop = min(len(codes), row + rows, (block + 1) * BLOCK - first_row)
+        values = e4m3_to_float32(codes[row:stop])
+        values *= scales[block][columns]
+        out[row:stop] = values
         row = stop
-    return values
+    return out
 
 
 def quantize(
@@ -112,8 +123,8 @@ def float32_to_e4m3(values: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*
     return codes.view(ml_dtypes.float8_e4m3fn)
 
 
-def _in_cache(source: np.ndarray, out: np.ndarray, size: int = 1 << 16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _in_cache(source: np.ndarray, out: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield flat pieces of two contiguous arrays, small enough that steps over them stay in a core's cache."""
     source, out = np.ascontiguousarray(source).reshape(-1), out.reshape(-1)
-    for start in range(0, source.size, size):
-        yield source[start : start + size], out[start : start + size]
+    for start in range(0, source.size, _IN_CACHE):
+        yield source[start : start + _IN_CACHE], out[start : start + _IN_CACHE]

@@ -38,7 +38,7 @@ SHARD_BYTES = 4_300_000_000
 """Size of a written file, about that of the releases."""
 CARRIED = ("*token*", "generation_config.json", "chat_template*", "configuration_*.py", "modeling_*.py", "LICENSE*")
 """Files that go along with the weights."""
-_CHUNK = 1 << 21
+_CHUNK = 1 << 18
 """Elements that are in memory at once, per worker and step."""
 _JOURNAL, _LOCK, _KEY = "journal.jsonl", "lock", "fingerprint"
 
@@ -375,7 +375,7 @@ def _values(source: Source, part: Part, dtype: str) -> Iterator[tuple[np.ndarray
                 raise CheckpointProblems(source.path, [f"{part.name}: {error}"]) from error
         else:
             if is_fp8:
-                values = dequantize(values, scales, start, columns.start or 0)
+                values = dequantize(values, scales, start, columns.start or 0, DTYPES[dtype])
             yield values.astype(DTYPES[dtype], copy=False), None
 
 
@@ -385,7 +385,7 @@ _local = threading.local()
 def _scratch() -> np.ndarray:
     """Return a buffer of this thread's: new memory for every piece would cost as much as copying it."""
     if not hasattr(_local, "buffer"):
-        _local.buffer = np.empty(1 << 20, np.uint8)
+        _local.buffer = np.empty(1 << 18, np.uint8)
     return _local.buffer
 
 

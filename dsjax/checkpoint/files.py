@@ -33,6 +33,9 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The format's names of dtypes."""
 _HEADER_LIMIT = 1 << 30
+_WRITE = 1 << 15
+"""Bytes of a write. Linux 6 gives a large write large pages of cache, which cost up to 5 times the time to get
+(measured on ext4, 6 GB: 2.2 s of system time at 32 KiB, 5 to 12 s at 1 MiB)."""
 
 
 @runtime_checkable
@@ -169,7 +172,7 @@ class SafetensorsWriter:
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
-            count = os.pwrite(self._descriptor, view, offset)
+            count = os.pwrite(self._descriptor, view[:_WRITE], offset)
             view, offset = view[count:], offset + count
 
     def close(self) -> None:

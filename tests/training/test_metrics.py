@@ -1,0 +1,109 @@
+"""What a run writes down survives crashes and resumption."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dsjax.training.metrics import MetricsFile, Recorder, StepFacts, load_over_mean, read_metrics
+
+
+class Kept:
+    """A sink that keeps records."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, record):
+        self.records.append(record)
+
+    def close(self):
+        pass
+
+
+def numbers(loss=2.0, finite=True):
+    loads = np.array([[3, 1], [2, 2]], np.int32)
+    return {
+        **{key: np.float32(loss) for key in ("loss", "loss_mtp", "loss_balance", "grad_norm")},
+        "finite": np.bool_(finite),
+        "loads": loads,
+    }
+
+
+def facts(step):
+    return StepFacts(
+        step=step, tokens=step * 8, step_tokens=8, epoch=0.1, batch_size=2, learning_rate=1e-3, mtp_weight=0.3,
+        bias_speed=1e-3,
+    )  # fmt: skip
+
+
+def recorder(sink, **changes):
+    settings = {"every": 2, "last_step": 5, "main_layers": 1, "flops_per_token": 10.0, "peak_flops": 1e3}
+    return Recorder([sink], **settings | changes)
+
+
+def test_records_come_one_step_late_and_only_some_are_written():
+    sink, seen = Kept(), []
+    made = recorder(sink, on_record=lambda record: seen.append(record["step"]))
+    for step in range(1, 6):
+        made.step(facts(step), numbers())
+        assert seen == list(range(1, step))
+    made.flush()
+    assert [record["step"] for record in sink.records] == [2, 4, 5]
+    record = sink.records[-1]
+    assert record["expert_load_max_over_mean"] == 1.5
+    assert record["expert_load_max_over_mean_per_layer"] == [1.5, 1.0]
+    assert record["expert_load_over_mean_last_layer"] == [1.5, 0.5]
+    assert record["mfu"] == pytest.approx(record["tokens_per_s"] * 10.0 / 1e3)
+
+
+def test_an_unknown_peak_gives_no_mfu():
+    sink = Kept()
+    made = recorder(sink, peak_flops=None)
+    for step in (1, 2):
+        made.step(facts(step), numbers())
+    made.flush()
+    assert sink.records[0]["tokens_per_s"] and sink.records[0]["mfu"] is None
+
+
+def test_skipped_steps_are_counted_and_always_written():
+    sink = Kept()
+    made = recorder(sink, every=100, last_step=100, skipped=4)
+    for step, finite in ((1, True), (2, False), (3, False), (4, True)):
+        made.step(facts(step), numbers(finite=finite))
+    made.flush()
+    assert [(r["step"], r["skipped_steps"]) for r in sink.records] == [(2, 5), (3, 6)]
+    assert made.skipped_in_a_row == 0
+
+
+def test_validation_joins_the_record_of_its_step():
+    sink = Kept()
+    made = recorder(sink, every=100, last_step=100)
+    made.step(facts(1), numbers())
+    with made.pause():
+        made.validation({"val_loss": 3.0})
+    made.step(facts(2), numbers())
+    assert [(r["step"], r["val_loss"]) for r in sink.records] == [(1, 3.0)]
+
+
+def test_a_resumed_run_rewrites_what_came_after_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (10, 20, 30)]
+    path.write_text("\n".join(lines) + '\n{"step": 40, "lo')  # a crash cut the last line short
+    assert [record["step"] for record in read_metrics(path)] == [10, 20, 30]
+    file = MetricsFile(path, last_step=20)
+    assert [record["step"] for record in file.kept] == [10, 20]
+    file.write({"step": 25, "loss": float("nan"), "val_loss": float("inf")})
+    file.close()
+    assert path.read_text() == f'{lines[0]}\n{lines[1]}\n{{"step": 25, "loss": null, "val_loss": null}}\n'
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a line of metrics: 'nonsense'$"):
+        read_metrics(path)
+
+
+def test_load_over_mean_of_an_idle_layer_is_zero():
+    np.testing.assert_allclose(load_over_mean(np.array([[4, 0], [0, 0]])), [[2, 0], [0, 0]])
