@@ -253,6 +253,8 @@ class TrainConfig:
     """Share of the run's steps over which the batch grows linearly, in a few sizes of whole micro-batches."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
+    initial_weights: str = ""
+    """Weights to begin with, in any form that `dsjax.convert` reads (a run's too); empty draws them."""
     mtp_weights: tuple[float, float] = (0.3, 0.1)
     """Weight of the MTP loss before and after `mtp_change` (report section 4.2)."""
     mtp_change: float = 0.676

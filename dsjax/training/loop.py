@@ -26,7 +26,7 @@ from dsjax.training.metrics import MetricsFile, Recorder, StepFacts, TensorBoard
 from dsjax.training.pictures import draw_pictures
 from dsjax.training.progress import ProgressDisplay, quantity
 from dsjax.training.schedule import Schedule
-from dsjax.training.state import initial_state
+from dsjax.training.start import first_state
 from dsjax.training.step import Knobs, LossAndGrads, make_evaluate, make_train_step
 from dsjax.training.validation import Validation
 
@@ -104,7 +104,7 @@ class Run:
         )
         resumed = folder.resume(data.fingerprint)
         folder.describe(data)
-        self.state = resumed.state if resumed else initial_state(config)
+        self.state = resumed.state if resumed else first_state(config)
         self.first = int(self.state.step)
         self.seconds_before = resumed.seconds if resumed else 0.0
         if resumed:

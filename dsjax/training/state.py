@@ -32,16 +32,21 @@ class TrainState:
 
 
 def initial_state(config: Config) -> TrainState:
-    """Return the state before the first step; one compiled program makes all of it."""
+    """Return the state before the first step, its weights drawn; one compiled program makes all of it."""
     # It runs once: to optimize it took ten seconds for `tiny` on a CPU, and saved a third of one.
-    return jax.jit(lambda: _initial_state(config), compiler_options={"xla_backend_optimization_level": 0})()
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda: _drawn_state(config), compiler_options=options)()
 
 
-def _initial_state(config: Config) -> TrainState:
-    params, biases = initial_parameters(config.model, config.train.seed)
+def state_of_weights(params: PyTree, biases: PyTree, config: Config) -> TrainState:
+    """Return the state before the first step from given weights, float32 and stacked."""
     # One array each: a buffer that two fields share could not be donated.
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(zeros[0], params, biases, initial_moments(params, config.optimizer), zeros[1], zeros[2])
+
+
+def _drawn_state(config: Config) -> TrainState:
+    return state_of_weights(*initial_parameters(config.model, config.train.seed), config)
 
 
 def to_canonical(state: TrainState, config: ModelConfig) -> PyTree:
@@ -75,4 +80,4 @@ def from_canonical(tree: PyTree, config: ModelConfig) -> TrainState:
 
 def abstract_state(config: Config) -> PyTree:
     """Return shapes and dtypes of what `to_canonical` gives, without making any array."""
-    return to_canonical(jax.eval_shape(lambda: _initial_state(config)), config.model)
+    return to_canonical(jax.eval_shape(lambda: _drawn_state(config)), config.model)

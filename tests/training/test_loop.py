@@ -19,11 +19,13 @@ from rich.console import Console
 from dsjax.benchmarks.train_step import measure
 from dsjax.checkpoint.native import Checkpoints
 from dsjax.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig
+from dsjax.model.layout import unstack
 from dsjax.runtime import runtime_of
 from dsjax.settings import load_config, to_toml
 from dsjax.training.loop import TrainingFailed, train
 from dsjax.training.metrics import RECORD_KEYS, read_metrics
 from dsjax.training.schedule import Schedule
+from dsjax.training.start import first_state
 from dsjax.training.state import abstract_state
 from dsjax.training.step import accumulated_loss_and_grads
 
@@ -205,6 +207,26 @@ def test_benchmark(short_run):
     assert measured["compile_s"] > 0 and measured["peak_memory_process_bytes"] > 1e8
     assert measured["tokens_per_s"] == pytest.approx(128 * measured["steps_per_s"])
     assert measured["mfu"] > 0
+
+
+def test_a_run_begins_with_the_weights_of_another(finished, short_run, tmp_path):
+    config = replace(short_run, run=str(tmp_path / "second"))
+    config = replace(config, train=replace(config.train, initial_weights=str(finished.folder)))
+    state = first_state(config)
+    with Checkpoints(finished.folder / "checkpoints") as checkpoints:
+        abstract = {"params": abstract_state(config)["params"]}
+        _, saved, _ = checkpoints.restore(abstract, 20, partial=True)
+    assert int(state.step) == 0
+    found = jax.tree.leaves(unstack(state.params, config.model))
+    assert_same_bits([np.asarray(a) for a in found], [np.asarray(a) for a in jax.tree.leaves(saved["params"])])
+    wider = replace(config, model=replace(config.model, hidden_size=64))
+    with pytest.raises(ValueError, match=r"another model's; model.hidden_size: 32 in the weights, 64 now$"):
+        first_state(wider)
+    alone = replace(config, model=replace(config.model, num_nextn_predict_layers=0))
+    assert "mtp" not in first_state(alone).params
+    deeper = replace(config, model=replace(config.model, num_nextn_predict_layers=2))
+    with pytest.raises(ValueError, match=r"model.num_nextn_predict_layers: 1 in the weights, 2 now$"):
+        first_state(deeper)
 
 
 KILLED = """
