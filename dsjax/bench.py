@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsjax.host_memory import keep_freed_memory
 from dsjax.settings import load_run, one_line_errors
 
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
             given = f"{argv[0]!r}" if argv else "nothing"
             raise ValueError(f"{given} is no benchmark: must be 'train' and a run, such as configs/tiny.toml")
         config, options = load_run(argv[1:], Train, "bench train")
+        keep_freed_memory()
         # Behind the settings, so that --help and mistakes are answered at once.
         from dsjax.benchmarks.train_step import measure
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsjax.host_memory import keep_freed_memory
 from dsjax.settings import load_run, one_line_errors
 
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     with one_line_errors():
         config, options = load_run(argv, Options, "train")
+        keep_freed_memory()
         # Behind the settings, so that --help and mistakes are answered at once.
         from dsjax.training.loop import TrainingFailed, train
 

@@ -209,7 +209,7 @@ def _write_files(
     total: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write files, several at once; on the first failure the others stop at their next piece."""
+    """Write files, several tensors at once; on the first failure the others stop at their next piece."""
     lock, stop = threading.Lock(), threading.Event()
     written = total - sum(file.nbytes for file in files)
 
@@ -221,19 +221,63 @@ def _write_files(
             written += count
             progress(written, total)
 
-    def work(file: OutputFile) -> None:
-        sums = _write_file(source, file, folder, advance)
-        with lock:
-            journal.add(file.name, sums)
+    def work(file: _FileInWork, output: Output) -> None:
+        sums = _write_output(source, output, file.writer(), advance)
+        if file.is_last(sums):
+            file.finish()
+            with lock:
+                journal.add(file.name, file.sums)
 
     pool = ThreadPoolExecutor(workers)
+    in_work = [_FileInWork(folder, file) for file in files]
+    tasks = [(file, output) for file, planned in zip(in_work, files, strict=True) for output in planned.outputs]
     try:
-        done, _ = wait([pool.submit(work, file) for file in files], return_when=FIRST_EXCEPTION)
+        done, _ = wait([pool.submit(work, *task) for task in tasks], return_when=FIRST_EXCEPTION)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        for file in in_work:
+            file.abandon()
     for failure in filter(None, (future.exception() for future in done)):
         raise failure
+
+
+class _FileInWork:
+    """A file that workers fill tensor by tensor; whoever writes the last one brings it to disk."""
+
+    def __init__(self, folder: Path, planned: OutputFile):
+        self.name, self.sums = planned.name, {}
+        self._planned, self._left, self._lock = planned, len(planned.outputs), threading.Lock()
+        self._path = (folder / planned.name).with_suffix(".writing")
+        self._writer: SafetensorsWriter | None = None
+
+    def writer(self) -> SafetensorsWriter:
+        """Return the open file."""
+        with self._lock:
+            if self._writer is None:
+                specs = [spec for output in self._planned.outputs for spec in output.specs()]
+                self._writer = SafetensorsWriter(self._path, specs)
+            return self._writer
+
+    def is_last(self, sums: Mapping[str, int]) -> bool:
+        """Note the checksums of a tensor that is written; return whether it was the last."""
+        with self._lock:
+            self.sums |= sums
+            self._left -= 1
+            return self._left == 0
+
+    def finish(self) -> None:
+        """Bring the file to disk and give it its name."""
+        self._writer.sync()
+        self.abandon()
+        self._path.rename(self._path.parent / self.name)
+        sync_folder(self._path.parent)
+
+    def abandon(self) -> None:
+        """Close the file, if it is open."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -315,12 +359,11 @@ def _fingerprint(source: Source, plan: Plan) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _write_file(source: Source, file: OutputFile, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
-    """Write a file and bring it to disk; return the CRC-32 of each of its tensors."""
-    path = folder / file.name
-    writer = SafetensorsWriter(path.with_suffix(".writing"), [s for output in file.outputs for s in output.specs()])
-    sums: dict[str, int] = {}
-    offsets: dict[str, int] = {}
+def _write_output(
+    source: Source, output: Output, writer: SafetensorsWriter, advance: Callable[[int], None]
+) -> dict[str, int]:
+    """Write a tensor and its scales; return the CRC-32 of each."""
+    sums, offsets = {}, {}
 
     def write(name: str, data: np.ndarray) -> None:
         data = np.ascontiguousarray(data)
@@ -329,17 +372,11 @@ def _write_file(source: Source, file: OutputFile, folder: Path, advance: Callabl
         sums[name] = zlib.crc32(data.reshape(-1).view(np.uint8), sums.get(name, 0))
         advance(data.nbytes)
 
-    try:
-        for output in file.outputs:
-            for part in output.parts:
-                for values, scales in _values(source, part, output.dtype):
-                    write(output.name, values)
-                    if output.scale and scales is not None:
-                        write(output.scale, scales)
-    finally:
-        writer.close()
-    path.with_suffix(".writing").rename(path)
-    sync_folder(folder)
+    for part in output.parts:
+        for values, scales in _values(source, part, output.dtype):
+            write(output.name, values)
+            if output.scale and scales is not None:
+                write(output.scale, scales)
     return sums
 
 

@@ -175,9 +175,12 @@ class SafetensorsWriter:
             count = os.pwrite(self._descriptor, view[:_WRITE], offset)
             view, offset = view[count:], offset + count
 
-    def close(self) -> None:
-        """Bring everything to disk, and close."""
+    def sync(self) -> None:
+        """Bring everything to disk."""
         os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
 
