@@ -18,7 +18,7 @@ from dsjax.checkpoint.names import scale_shape
 BLOCK = 128
 E4M3_MAX = 448.0
 _SMALLEST_AMAX = 1e-4
-_IN_CACHE = 1 << 16
+_IN_CACHE = 1 << 18
 """Elements that fit into a core's cache with what is made of them."""
 _TO_FLOAT32 = np.float32(2.0**120)
 """E4M3's exponent field, moved into a float32, counts from 2**-127 instead of 2**-7."""

@@ -7,9 +7,12 @@ from typing import Literal
 import numpy as np
 
 from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint
-from dsjax.checkpoint.sources import CheckpointProblems, InMemory, Source, checkpoints_of, show_arrays
+from dsjax.checkpoint.sources import RUN_FOLDER, CheckpointProblems, InMemory, Source, checkpoints_of, show_arrays
 from dsjax.config import ModelConfig
 from dsjax.settings import from_dict
+
+FOLDER = RUN_FOLDER
+"""Folder of a run that holds its checkpoints."""
 
 
 def open_run(path: Path, step: int | None = None, weights: Literal["live", "ema"] = "live") -> Source:

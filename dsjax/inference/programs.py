@@ -23,7 +23,7 @@ from dsjax.model.layers import rms_norm
 from dsjax.model.moe import moe
 from dsjax.model.rope import rotation
 from dsjax.model.transformer import logits
-from dsjax.runtime import Runtime
+from dsjax.runtime import Runtime, full_precision
 
 program = functools.partial(jax.jit, static_argnames=("config", "runtime"), donate_argnames="cache")
 
@@ -75,6 +75,7 @@ def decode(
     return sample(logits(params, hidden[:, 0]), choice, cache.lengths), cache
 
 
+@full_precision()
 def extend(
     params: PyTree,
     biases: PyTree,

@@ -20,7 +20,7 @@ from dsjax.model.layout import stack
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import MoEAux
 from dsjax.model.mtp import MTP, mtp
-from dsjax.runtime import Runtime
+from dsjax.runtime import Runtime, full_precision
 
 
 class Transformer(nnx.Module):
@@ -38,6 +38,7 @@ class Transformer(nnx.Module):
         self.norm = norm_weight(config.hidden_size)
         self.head = weight(config, _rngs(key, layers + depth + 1), config.vocab_size, config.hidden_size)
 
+    @full_precision()
     def __call__(
         self, tokens: Int[Array, "B S"], runtime: Runtime | None = None
     ) -> tuple[Float[Array, "B S V"], MoEAux | None]:
@@ -133,6 +134,7 @@ def _bias(layer_biases: PyTree) -> Float[Array, " E"] | None:
     return layer_biases["moe"]["bias"] if layer_biases else None
 
 
+@full_precision()
 def logits(params: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Return float32 logits of normalized hidden states."""
     return linear(hidden, params["head"]).astype(jnp.float32)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dsjax.config import Config
 from dsjax.model.router import updated_bias
 from dsjax.model.transformer import Losses, losses
-from dsjax.runtime import Runtime
+from dsjax.runtime import Runtime, full_precision
 from dsjax.training import optimizer
 from dsjax.training.state import TrainState
 
@@ -113,6 +113,7 @@ def make_train_step(
     """
     loss_and_grads = loss_and_grads or accumulated_loss_and_grads(config, runtime, end_of_document)
 
+    @full_precision()
     def step(state: TrainState, micro_batches: Array, knobs: Knobs) -> tuple[TrainState, dict[str, Array]]:
         parts, grads = loss_and_grads(state.params, state.biases, micro_batches, jnp.float32(knobs.mtp_weight))
         params, moments, norm = optimizer.apply(
@@ -161,6 +162,7 @@ def make_evaluate(
     """Return the compiled `(params, biases, tokens) -> {"loss", "loss_mtp"}`, means over the batch, in nats."""
 
     @jax.jit
+    @full_precision()
     def evaluate(params: PyTree, biases: PyTree, tokens: Array) -> dict[str, Array]:
         segments = _segments(config, tokens, end_of_document)
         parts = losses(params, biases, tokens, config=config.model, runtime=runtime, segments=segments)

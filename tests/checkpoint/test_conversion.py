@@ -248,15 +248,15 @@ def test_flipped_bytes_of_a_converted_folder_are_found_by_its_report(tmp_path):
 
 
 def test_an_interrupted_conversion_goes_on_at_the_next_file(tmp_path, monkeypatch):
-    written, original = [], conversion._write_file
+    written, original = [], conversion._FileInWork.finish
 
-    def write(source, file, folder, advance):
+    def finish(file):
         if len(written) == 3 and not resumed:
             raise KeyboardInterrupt
         written.append(file.name)
-        return original(source, file, folder, advance)
+        original(file)
 
-    monkeypatch.setattr(conversion, "_write_file", write)
+    monkeypatch.setattr(conversion._FileInWork, "finish", finish)
     resumed = False
     opened = open_checkpoint(GOLDEN / "v3" / "hf")
     plan = make_plan(opened, "dsjax", shard_bytes=100_000)
@@ -325,14 +325,14 @@ def test_sigkill_in_the_middle_costs_only_the_file_in_work(tmp_path):
 
 def test_two_conversions_into_one_folder_do_not_mix(tmp_path, monkeypatch):
     opened = open_checkpoint(GOLDEN / "v2" / "hf")
-    plan, original = make_plan(opened, "dsjax"), conversion._write_file
+    plan, original = make_plan(opened, "dsjax"), conversion._write_output
 
     def write(*arguments):
         with pytest.raises(BlockingIOError, match=r"\.out\.partial: another process is converting into it"):
             convert(opened, plan, tmp_path / "out")
         return original(*arguments)
 
-    monkeypatch.setattr(conversion, "_write_file", write)
+    monkeypatch.setattr(conversion, "_write_output", write)
     convert(opened, plan, tmp_path / "out")
     assert _differences(tmp_path / "out", GOLDEN / "v2" / "hf") == []
 
@@ -345,15 +345,15 @@ def test_a_disk_without_room_is_told_before_the_work(tmp_path, monkeypatch):
 
 
 def test_unfinished_files_of_other_arrays_in_memory_are_not_taken(tmp_path, monkeypatch):
-    weights, original, calls = load(open_checkpoint(GOLDEN / "v2" / "hf")), conversion._write_file, []
+    weights, original, calls = load(open_checkpoint(GOLDEN / "v2" / "hf")), conversion._write_output, []
 
     def write(*arguments):
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == 20:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(conversion, "_write_file", write)
+    monkeypatch.setattr(conversion, "_write_output", write)
     first = jax.tree.map(lambda a: a + 1, weights.params)
     with pytest.raises(KeyboardInterrupt):
         save_huggingface(tmp_path / "out", weights.config, first, weights.biases, "fp32", shard_bytes=50_000)

@@ -167,3 +167,11 @@ def test_document_mask_reaches_the_model(monkeypatch, small_run, tokens, masked)
         assert (segments is not None) == masked
     if masked:
         np.testing.assert_array_equal(seen[0], segment_ids(tokens[:, :-1], 1))
+
+
+def test_products_of_float32_are_not_rounded(small_run, tokens, start, train_step):
+    """As chips do by default; on a CPU only the program can show it."""
+    program = train_step.lower(start(), tokens[None], Knobs(1e-3, 0.3, 1e-3)).as_text()
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 50
+    assert not [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line]
