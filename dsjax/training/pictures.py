@@ -167,6 +167,9 @@ def _token_axis(axes: Axes, records: Sequence[Record]) -> None:
     if len(records) < 2:
         return
     steps, tokens = _series(records, "tokens")
+    # On to both sides of the records, where the axis goes on too.
+    beyond = tokens[-1] + steps[-1] * (tokens[-1] - tokens[-2]) / (steps[-1] - steps[-2])
+    steps, tokens = np.array([0, *steps, 2 * steps[-1]]), np.array([0, *tokens, beyond])
     above = axes.secondary_xaxis(
         "top", functions=(lambda at: np.interp(at, steps, tokens), lambda at: np.interp(at, tokens, steps))
     )
