@@ -3,7 +3,8 @@
     python -m dsjax.benchmarks.conversion FOLDER [--layers 1] [--experts 32] [--repeats 5]
 
 Writes a checkpoint with V3's embedding and head, one dense and `layers` MoE layers of `experts` experts (6 GB), then
-in turn, `repeats` times: copies it with `cp --reflink=never` and `sync`, converts it as it is, and converts it to BF16.
+in turn, `repeats` times: copies it with `cp --reflink=never` and `sync`, only inspects it (what starting costs),
+converts it as it is, and converts it to BF16.
 Prints JSON: medians in seconds, their ratios to the copy's, and the most anonymous memory that a conversion held above
 that of a process that has only imported what it needs.
 """
@@ -126,7 +127,7 @@ def main() -> None:
     source, target = options.folder / "source", options.folder / "target"
     nbytes = write_synthetic(source, v3_cut(options.layers, options.experts))
     subprocess.run(["sync"], check=True)
-    seconds: dict[str, list[float]] = {"cp": [], "keep": [], "bf16": []}
+    seconds: dict[str, list[float]] = {"cp": [], "start_up": [], "keep": [], "bf16": []}
     most: dict[str, int] = {}
     for _ in range(options.repeats):
         started = time.perf_counter()
@@ -134,6 +135,7 @@ def main() -> None:
         subprocess.run(["sync"], check=True)
         seconds["cp"].append(time.perf_counter() - started)
         shutil.rmtree(target)
+        seconds["start_up"].append(convert_watched("inspect", str(source))[0])
         for dtype in ("keep", "bf16"):
             took, memory = convert_watched("from-hf", str(source), str(target), "--dtype", dtype)
             seconds[dtype].append(took)

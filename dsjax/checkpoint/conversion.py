@@ -7,7 +7,6 @@ brought to disk; the folder gets its name when all is there. If the process dies
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from dsjax.checkpoint.blocks import BLOCK, dequantize, quantize
 from dsjax.checkpoint.families import config_to_huggingface
 from dsjax.checkpoint.files import DTYPES, FileTensor, SafetensorsWriter, Spec, sync_folder
+from dsjax.checkpoint.journal import Journal
 from dsjax.checkpoint.names import Tensor, scale_shape
 from dsjax.checkpoint.sources import CheckpointProblems, Source
 
@@ -39,8 +39,7 @@ SHARD_BYTES = 4_300_000_000
 CARRIED = ("*token*", "generation_config.json", "chat_template*", "configuration_*.py", "modeling_*.py", "LICENSE*")
 """Files that go along with the weights."""
 _CHUNK = 1 << 18
-"""Elements that are in memory at once, per worker and step."""
-_JOURNAL, _LOCK, _KEY = "journal.jsonl", "lock", "fingerprint"
+"""Elements that a worker holds at once, but for wide matrices, of which it holds 128 rows."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def convert(
         raise FileExistsError(f"{destination} exists; name another folder, or remove it")
     started, total = time.monotonic(), sum(file.nbytes for file in plan.files)
     partial = destination.parent / f".{destination.name}.partial"
-    journal = _Journal(partial, _fingerprint(source, plan))
+    journal = Journal(partial, _fingerprint(source, plan))
     try:
         remaining = [file for file in plan.files if file.name not in journal.done]
         resumed = len(plan.files) - len(remaining)
@@ -188,7 +187,7 @@ def convert(
         _write_files(source, remaining, partial, journal, workers, total, progress)
         sums = {file.name: journal.done[file.name] for file in plan.files}
         _write_documents(source, plan, partial, sums)
-        _publish(partial, destination)
+        _publish(partial, journal, destination)
     except ValueError:
         shutil.rmtree(partial)
         raise
@@ -204,7 +203,7 @@ def _write_files(
     source: Source,
     files: Sequence[OutputFile],
     folder: Path,
-    journal: "_Journal",
+    journal: Journal,
     workers: int,
     total: int,
     progress: Callable[[int, int], None],
@@ -288,66 +287,6 @@ def _require_space(folder: Path, needed: int) -> None:
 
 class _Stopped(Exception):
     """Another worker failed, or the user stopped the conversion."""
-
-
-class _Journal:
-    """The files of a conversion that are complete, with the checksums of their tensors, one line each.
-
-    Its folder is removed and begun anew if it is another conversion's. Raises BlockingIOError if one is at work there.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str):
-        self.done: dict[str, dict[str, int]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
-        self._path = folder / _JOURNAL
-        entries = self._entries()
-        self.replaced = any(file != _LOCK for file in os.listdir(folder)) and entries[:1] != [{_KEY: fingerprint}]
-        if self.replaced:
-            shutil.rmtree(folder)
-            folder.mkdir()
-            os.close(self._lock)
-            self._lock, entries = _lock(folder), []
-        self.done = {entry["file"]: entry["tensors"] for entry in entries[1:]}
-        # Written anew, so that a line that a killed process left torn does not swallow the next.
-        self._path.write_text("")
-        for entry in entries or [{_KEY: fingerprint}]:
-            self._append(entry)
-
-    def _entries(self) -> list[dict]:
-        """Return the whole lines, up to the first torn one."""
-        entries = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-        return entries
-
-    def add(self, file: str, sums: dict[str, int]) -> None:
-        """Note that a file is complete."""
-        self.done[file] = sums
-        self._append({"file": file, "tensors": sums})
-
-    def _append(self, entry: dict) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Let another process write in the folder."""
-        os.close(self._lock)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BlockingIOError(f"{folder}: another process is converting into it") from error
-    return descriptor
 
 
 def _fingerprint(source: Source, plan: Plan) -> str:
@@ -448,10 +387,9 @@ def _write_documents(source: Source, plan: Plan, folder: Path, sums: Mapping[str
                 os.fsync(file.fileno())
 
 
-def _publish(partial: Path, destination: Path) -> None:
+def _publish(partial: Path, journal: Journal, destination: Path) -> None:
     """Give the finished folder its name."""
-    (partial / _JOURNAL).unlink()
-    (partial / _LOCK).unlink()
+    journal.remove()
     sync_folder(partial)
     partial.rename(destination)
     sync_folder(destination.parent)

@@ -45,6 +45,8 @@ _OPTIONAL_SIZES = {
 """Fields that a config.json may leave out or set to null."""
 _OWN = ("name", "rope_theta", "rope_scaling")
 """Fields of `ModelConfig` that are not copied by name."""
+_WRITTEN_IF_SET = ("num_nextn_predict_layers", "embedding_initializer_range")
+"""Fields that a config.json leaves out where they are 0; the second is dsjax's own."""
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 """What DeepSeek's model code takes for what `rope_scaling` leaves out."""
 
@@ -129,8 +131,9 @@ def config_to_huggingface(
     yarn = config.rope_scaling
     values = {key: value for key, value in asdict(config).items() if key not in _OWN}
     values["q_lora_rank"] = config.q_lora_rank or None
-    if not config.num_nextn_predict_layers and "num_nextn_predict_layers" not in data:
-        del values["num_nextn_predict_layers"]
+    for key in _WRITTEN_IF_SET:
+        if not values[key] and key not in data:
+            del values[key]
     data |= {key: _as_before(value, data.get(key)) for key, value in values.items()}
     data["num_key_value_heads"] = config.num_attention_heads
     length = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 4096

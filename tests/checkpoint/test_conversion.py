@@ -290,11 +290,11 @@ from pathlib import Path
 from dsjax.checkpoint import conversion
 from dsjax.convert import main
 if len(sys.argv) > 1 and sys.argv[1] == "slow":
-    original = conversion._Journal.add
+    original = conversion.Journal.add
     def add(self, *args):
         original(self, *args)
         time.sleep(0.2)
-    conversion._Journal.add = add
+    conversion.Journal.add = add
 sys.exit(main(sys.argv[2:]))
 """
 
