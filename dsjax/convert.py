@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except (ValueError, OSError) as problems:  # A checkpoint's problems have a line each.
-        print("dsjax:", problems, file=sys.stderr)
+        has_file = isinstance(problems, OSError) and problems.filename is not None and problems.filename2 is None
+        print("dsjax:", f"{problems.filename}: {problems.strerror}" if has_file else problems, file=sys.stderr)
         return PROBLEMS
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)

@@ -13,7 +13,7 @@ import os
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -295,7 +295,7 @@ def _build[T](settings: type[T], layer: Layer, prefix: str = "") -> T:
     return settings(**values)
 
 
-def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+def _nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) -> str:
     """`; did you mean ...?`: a setting of the same last word in another table, or the most similar one."""
     last_words = {other: other.rpartition(".")[2] for other in names}
     last = name.rpartition(".")[2]
@@ -309,7 +309,12 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
             if word == close
         ),
     ]
-    return f"; did you mean {prefix}{similar[0]}?" if similar else ""
+    return f"; did you mean {spell(similar[0])}?" if similar else ""
+
+
+def _option(name: str) -> str:
+    """An option as help pages spell it: `--train.batch-size`."""
+    return "--" + name.replace("_", "-")
 
 
 def _toml_value(value: Any) -> str:
@@ -344,7 +349,8 @@ def _read_words(argv: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str
             layer[switch] = False
             continue
         if name not in kinds:
-            raise ValueError(f"unknown option {option}{_nearest(name, kinds, prefix='--')}")
+            negated = [_negated(name) for name, kind in kinds.items() if kind is bool] if switch != name else []
+            raise ValueError(f"unknown option {option}{_nearest(name, [*kinds, *negated], _option)}")
         kind = kinds[name]
         if assigned:
             words = text.split(",") if get_origin(kind) is tuple else [text]
@@ -355,6 +361,12 @@ def _read_words(argv: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str
             raise ValueError(f"{option} has no value: it must be {describe(kind)}")
         layer = _merge(layer, {name: _from_words(name, kind, words or ["true"])})
     return arguments, layer
+
+
+def _negated(name: str) -> str:
+    """The name that switches a setting off: `checkpoint.no_resume`."""
+    table, dot, last = name.rpartition(".")
+    return f"{table}{dot}no_{last}"
 
 
 def _value_words(kind: Any, rest: Iterable[str]) -> list[str]:

@@ -194,6 +194,12 @@ def test_wrong_model_file_is_named(run):
     [
         (["--train.stepz", "3"], "unknown option --train.stepz; did you mean --train.steps?"),
         (["--steps", "3"], "unknown option --steps; did you mean --train.steps?"),
+        (["--batch-size", "3"], "unknown option --batch-size; did you mean --train.batch-size?"),
+        (["--train.batch_sise", "3"], "unknown option --train.batch_sise; did you mean --train.batch-size?"),
+        (
+            ["--model.no-norm-topk-pro"],
+            "unknown option --model.no-norm-topk-pro; did you mean --model.no-norm-topk-prob?",
+        ),
         (["--train.steps"], "--train.steps has no value: it must be an integer"),
         (["--train.steps", "--fresh"], "--train.steps has no value: it must be an integer"),
         (["--train.steps", "1e3"], "train.steps = '1e3': must be an integer"),

@@ -13,7 +13,7 @@ import numpy as np
 from dsjax.checkpoint.conversion import REPORT
 from dsjax.checkpoint.files import DTYPES
 from dsjax.checkpoint.names import scale_name, scale_shape, tensors
-from dsjax.checkpoint.sources import Source, model_arrays, open_files, read_json
+from dsjax.checkpoint.sources import Source, are_file_names, model_arrays, open_files, read_json
 from dsjax.config import ModelConfig
 
 Listing = dict[str, tuple[str, tuple[int, ...]]]
@@ -35,10 +35,16 @@ def released_listing(config: ModelConfig, *, fp8: bool = True) -> Listing:
 
 
 def read_listing(path: Path) -> Listing:
-    """Read a list of tensors from JSON, plain or gzipped: {name: {"dtype": "BF16", "shape": [8, 4]}}."""
+    """Read a list of tensors from JSON, plain or gzipped: {name: {"dtype": "BF16", "shape": [8, 4]}}.
+
+    Raises ValueError for anything else.
+    """
     data = path.read_bytes()
-    entries = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    try:
+        entries = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (ValueError, OSError, EOFError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of tensors {{name: {{dtype, shape}}}} in JSON") from error
 
 
 def compare_listings(ours: Listing, reference: Listing) -> list[str]:
@@ -80,9 +86,15 @@ def verify_checksums(folder: Path, progress: Callable[[int], None] = lambda coun
         return None
     problems: list[str] = []
     report = read_json(folder / REPORT, problems)
-    sums = report.get("crc32", {})
+    sums = report.get("crc32")
+    if not isinstance(sums, dict) or not are_file_names(sums) or not all(isinstance(s, dict) for s in sums.values()):
+        return problems or [f"{REPORT}: has no checksums"]
+    strangers = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in sums)
+    problems += [f"{name}: {REPORT} has no checksums of it" for name in strangers]
     files = open_files([folder / name for name in sums], problems)
     for file in files.values():
+        unknown = [name for name in file.tensors if name not in sums[file.path.name]]
+        problems += [f"{REPORT} has no checksum of {name} in {file.path.name}" for name in unknown]
         for name, expected in sums[file.path.name].items():
             tensor, crc = file.tensors.get(name), 0
             if tensor is None:

@@ -1,19 +1,19 @@
 """The work of `python -m dsjax.convert`: options of its commands, and what each does."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dsjax.checkpoint import audit, forms
-from dsjax.checkpoint.conversion import SHARD_BYTES, Format, convert
+from dsjax.checkpoint.conversion import SHARD_BYTES, Format, convert, require_absent
 from dsjax.checkpoint.families import config_from_huggingface
-from dsjax.checkpoint.sources import CheckpointProblems
+from dsjax.checkpoint.sources import CheckpointProblems, read_json
+from dsjax.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Conversion:
     """Size of a written file, where one tensor is not larger by itself."""
     workers: int | None = None
     """Files in work at once; by default one per CPU, at most 8."""
+
+    def __post_init__(self) -> None:
+        for name in ("step", "shard_bytes", "workers", "ranks"):
+            value, least = getattr(self, name, None), 0 if name == "step" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name} = {value}: must be at least {least}")
 
 
 class FromHuggingFace(Conversion):
@@ -106,11 +112,12 @@ def run(options: Conversion | Inspect | Verify) -> None:
 
 def _convert(options: Conversion) -> None:
     """Convert, with a progress bar, and print what was done."""
-    config = config_from_huggingface(json.loads(Path(options.config).read_text())) if options.config else None
+    destination = Path(options.destination)
+    require_absent(destination)
+    config = _read_config(Path(options.config))[0] if options.config else None
     source = forms.open_checkpoint(
         Path(options.source), config, mtp=options.mtp, step=options.step, weights=options.weights
     )
-    destination = Path(options.destination)
     target, ranks = _TARGETS[type(options)], getattr(options, "ranks", 1)
     plan = forms.make_plan(source, target, options.dtype, ranks=ranks, shard_bytes=options.shard_bytes)
     with _progress("writing") as show:
@@ -126,22 +133,24 @@ def _convert(options: Conversion) -> None:
 
 def _inspect(options: Inspect) -> None:
     """Print a summary."""
-    print(audit.describe(forms.open_checkpoint(Path(options.checkpoint))))
+    print(audit.describe(forms.open_checkpoint(Path(options.checkpoint), headers_only=True)))
 
 
 def _verify(options: Verify) -> None:
     """Check, and print what was checked."""
     path = Path(options.checkpoint)
     if options.listing:
-        data = json.loads((path / "config.json" if path.is_dir() else path).read_text())
-        ours = audit.released_listing(config_from_huggingface(data), fp8="quantization_config" in data)
+        config, data = _read_config(path / "config.json" if path.is_dir() else path)
+        ours = audit.released_listing(config, fp8="quantization_config" in data)
         reference = audit.read_listing(Path(options.listing))
         _raise_if_any(path, audit.compare_listings(ours, reference))
         print(f"{len(ours):,} of {len(reference):,} tensors have the names, dtypes and shapes of {options.listing}")
         return
-    source = forms.open_checkpoint(path)
+    source = forms.open_checkpoint(path, headers_only=options.headers_only)
     print(f"{path}: {len(source.stored):,} tensors are what the config calls for")
-    if not options.headers_only:
+    if source.form == "run" and not options.headers_only:
+        print(f"every array has the checksum that the run saved ({'; '.join(source.notes)})")
+    elif not options.headers_only:
         problems = audit.verify_checksums(path)
         _raise_if_any(path, problems or [])
         print("no checksums are there to compare" if problems is None else "every byte has the checksum of its report")
@@ -149,6 +158,18 @@ def _verify(options: Verify) -> None:
         other = forms.open_checkpoint(Path(options.against))
         _raise_if_any(path, audit.compare_values(source, other))
         print(f"{len(source.stored):,} tensors are those of {options.against}, bit for bit")
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the model that a config.json describes, and the file's contents."""
+    problems: list[str] = []
+    data = read_json(path, problems)
+    if not problems:
+        try:
+            return config_from_huggingface(data), data
+        except ValueError as error:
+            problems += str(error).splitlines()
+    raise CheckpointProblems(path, problems)
 
 
 def _raise_if_any(path: Path, problems: list[str]) -> None:
@@ -159,6 +180,15 @@ def _raise_if_any(path: Path, problems: list[str]) -> None:
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(verb, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # At the first bytes: nothing is shown of what is refused before.
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -174,8 +174,7 @@ def convert(
         BlockingIOError: another process is converting into the same folder.
         OSError, KeyboardInterrupt: the disk is full, or the user stopped it; calling it again goes on from there.
     """
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists; name another folder, or remove it")
+    require_absent(destination)
     started, total = time.monotonic(), sum(file.nbytes for file in plan.files)
     partial = destination.parent / f".{destination.name}.partial"
     journal = Journal(partial, _fingerprint(source, plan))
@@ -197,6 +196,12 @@ def convert(
     notes += [f"{resumed} of {len(plan.files)} files were there from before"] if resumed else []
     notes += ["an unfinished conversion of something else was replaced"] if journal.replaced else []
     return Report(destination, sum(map(len, sums.values())), total, time.monotonic() - started, resumed, notes)
+
+
+def require_absent(destination: Path) -> None:
+    """Raise FileExistsError if there is anything, even a link to nothing, where a folder is to be made."""
+    if os.path.lexists(destination):
+        raise FileExistsError(f"{destination} exists; name another folder, or remove it")
 
 
 def _write_files(
@@ -292,7 +297,9 @@ class _Stopped(Exception):
 def _fingerprint(source: Source, plan: Plan) -> str:
     """Return a digest of what the written bytes depend on: a conversion only goes on where it left the same one."""
     files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    # Hidden entries are left out: an unfinished conversion may be one of them.
+    files = [file for file in files if file.exists() and not file.name.startswith(".")]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     once = time.time_ns() if source.form == "memory" else 0  # Nothing tells one array in memory from the next.
     facts = (version("dsjax"), str(source.path.resolve()), stats, source.notes, once, plan.files)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -334,12 +341,10 @@ def _values(source: Source, part: Part, dtype: str) -> Iterator[tuple[np.ndarray
     step = max(BLOCK, _CHUNK // width // BLOCK * BLOCK)
     for start in range(first, last, step):
         stop = min(start + step, last)
-        values = stored.read(start, stop)
+        values = stored.read(start, stop, part.columns)
         for copy in part.copies:
-            if source.stored[copy].read(start, stop).tobytes() != values.tobytes():
+            if source.stored[copy].read(start, stop, part.columns).tobytes() != values.tobytes():
                 raise CheckpointProblems(source.path, [f"{copy} differs from {part.name}, of which it is to be a copy"])
-        if part.columns:
-            values = values[:, columns]
         if is_fp8 and dtype == "F8_E4M3":
             blocks = slice(start // BLOCK, -(-stop // BLOCK))
             block_columns = slice(columns.start // BLOCK, -(-columns.stop // BLOCK)) if part.columns else slice(None)

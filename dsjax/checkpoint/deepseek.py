@@ -79,9 +79,10 @@ def _read_config(path: Path, problems: list[str]) -> tuple[ModelConfig | None, d
     try:
         if (path / "config.json").exists():
             data = read_json(path / "config.json", problems)
-            return config_from_huggingface(data), data
+            return (None, None) if problems else (config_from_huggingface(data), data)
         if (path / DEMO_CONFIG).exists():
-            return config_from_demo(read_json(path / DEMO_CONFIG, problems)), None
+            data = read_json(path / DEMO_CONFIG, problems)
+            return (None, None) if problems else (config_from_demo(data), None)
     except ValueError as error:
         problems += str(error).splitlines()
     else:

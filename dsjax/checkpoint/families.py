@@ -63,7 +63,7 @@ def config_from_huggingface(data: Mapping[str, Any], name: str = "") -> ModelCon
     """
     problems = []
     model_type = data.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json: unknown model_type {model_type!r}; known are {', '.join(FAMILIES)}")
     values: dict[str, Any] = {}
     for entry in fields(ModelConfig):
@@ -74,15 +74,18 @@ def config_from_huggingface(data: Mapping[str, Any], name: str = "") -> ModelCon
             value = FAMILIES[model_type].defaults.get(entry.name, _OPTIONAL_SIZES.get(entry.name, entry.default))
         if value is MISSING:
             problems.append(f"config.json: {entry.name} is missing")
-        values[entry.name] = float(value) if entry.type is float and value is not MISSING else value
+        values[entry.name] = float(value) if entry.type is float and isinstance(value, int) else value
     for key, (supported, reason) in _FIXED.items():
         if data.get(key, supported) != supported:
             problems.append(f"config.json: {key} is {data[key]!r}, only {supported!r} is supported: {reason}")
+    tables = {key: data.get(key) or {} for key in ("rope_parameters", "rope_scaling", "quantization_config")}
+    wrong = {key: table for key, table in tables.items() if not isinstance(table, Mapping)}
+    problems += [f"config.json: {key} is {table!r}, not a table" for key, table in wrong.items()]
     heads = data.get("num_attention_heads")
     if data.get("num_key_value_heads", heads) != heads:
         problems.append(f"config.json: num_key_value_heads is {data['num_key_value_heads']}, not num_attention_heads")
     try:
-        theta, scaling = _rope(data)
+        theta, scaling = _rope({key: value for key, value in data.items() if key not in wrong})
     except ValueError as error:
         problems.append(f"config.json: {error}")
     if problems:

@@ -38,14 +38,25 @@ _WRITE = 1 << 15
 (measured on ext4, 6 GB: 2.2 s of system time at 32 KiB, 5 to 12 s at 1 MiB)."""
 
 
+_SKIPPED = 1 << 13
+"""Bytes of a row that must not be wanted before each row gets a read call of its own: a call takes as long as copying
+about so many. Measured on ext4, for an eighth of rows of 16 KiB: half the time of whole rows where the file is in the
+cache, as for all but the first of a host's devices, and a quarter more where it is not."""
+_AHEAD = 1 << 22
+"""Bytes that are asked for ahead of such calls; without it the kernel takes them for random reads, which are slow."""
+
+type Columns = tuple[int, int] | None
+"""Part of the second axis; None is all of it."""
+
+
 @runtime_checkable
 class Stored(Protocol):
-    """A tensor somewhere on disk, readable by rows."""
+    """A tensor somewhere on disk, readable by rows, and by columns if it has two axes."""
 
     dtype: str
     shape: tuple[int, ...]
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, columns: Columns = None) -> np.ndarray:
         """Return rows start to stop of the first axis."""
         ...
 
@@ -73,12 +84,18 @@ class FileTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return rows start to stop, from the file into new memory."""
-        dtype, row = DTYPES[self.dtype], prod(self.shape[1:])
+    def read(self, start: int, stop: int, columns: Columns = None) -> np.ndarray:
+        """Return rows start to stop, from the file into new memory; of few wanted columns, only these are read."""
+        dtype = DTYPES[self.dtype]
+        row = prod(self.shape[1:]) * dtype.itemsize
+        first, last = columns or (0, prod(self.shape[1:]))
+        if row - (last - first) * dtype.itemsize >= _SKIPPED:
+            out = np.empty((stop - start, last - first), dtype)
+            self.file.read_rows_into(out, self.offset + start * row + first * dtype.itemsize, row)
+            return out
         out = np.empty((stop - start, *self.shape[1:]), dtype)
-        self.file.read_into(out, self.offset + start * row * dtype.itemsize)
-        return out
+        self.file.read_into(out, self.offset + start * row)
+        return out[:, first:last] if columns else out
 
     def raw(self, start: int, stop: int, buffer: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the bytes of rows start to stop, piece by piece, in `buffer`, which the next piece overwrites."""
@@ -132,7 +149,19 @@ class SafetensorsFile:
 
     def read_into(self, out: np.ndarray, offset: int) -> None:
         """Fill a contiguous array with the bytes from `offset` on."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        self._read(memoryview(out.reshape(-1).view(np.uint8)), offset)
+
+    def read_rows_into(self, out: np.ndarray, offset: int, stride: int) -> None:
+        """Fill the rows of a contiguous array, which lie in the file from `offset` on, `stride` bytes apart."""
+        view, row = memoryview(out.reshape(-1).view(np.uint8)), out[0].nbytes if len(out) else 0
+        ahead = max(1, _AHEAD // stride)
+        for i in range(len(out)):
+            if i % ahead == 0 and hasattr(os, "posix_fadvise"):
+                span = min(ahead, len(out) - i) * stride
+                os.posix_fadvise(self._descriptor, offset + i * stride, span, os.POSIX_FADV_WILLNEED)
+            self._read(view[i * row : (i + 1) * row], offset + i * stride)
+
+    def _read(self, view: memoryview, offset: int) -> None:
         while view:
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:

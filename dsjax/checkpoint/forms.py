@@ -21,6 +21,7 @@ def open_checkpoint(
     mtp: bool = True,
     step: int | None = None,
     weights: Literal["live", "ema"] = "live",
+    headers_only: bool = False,
 ) -> Source:
     """Open a checkpoint, whatever its form, and check that it holds what its config calls for.
 
@@ -28,8 +29,9 @@ def open_checkpoint(
         path: dsjax weights, a run, a folder in Hugging Face's or the demo's form, or a file of weights.
         config: the model, where no config lies beside the weights.
         mtp: False leaves MTP layers out.
-        step: which checkpoint of a run; by default the newest.
+        step: which checkpoint of a run; by default the newest undamaged one.
         weights: which weights of a run: those that were trained, or their moving average.
+        headers_only: do not read a run's arrays to see whether they are damaged.
 
     Raises:
         CheckpointProblems: lists everything that is wrong.
@@ -37,12 +39,13 @@ def open_checkpoint(
     path = Path(path)
     if not path.exists():
         raise CheckpointProblems(path, ["no such file or folder"])
+    _require_fitting(path, config, step, weights)
     if (path / DOCUMENT).exists():
         source = open_weights(path)
     elif is_run(path):
         from dsjax.checkpoint.runs import open_run  # Orbax takes a second to import.
 
-        source = open_run(path, step, weights)
+        source = open_run(path, step, weights, headers_only=headers_only)
     elif is_deepseek(path):
         source = open_deepseek(path, config)
     else:
@@ -58,6 +61,20 @@ def open_checkpoint(
         source.close()
         raise
     return source
+
+
+def _require_fitting(path: Path, config: ModelConfig | None, step: int | None, weights: str) -> None:
+    """Raise CheckpointProblems for choices that a form has not, which would be passed over without a word."""
+    own = (path / DOCUMENT).exists()
+    run, problems = not own and is_run(path), []
+    if not run and (step is not None or weights != "live"):
+        problems.append("only a training run has steps and averaged weights, and this is none")
+    if config is not None and (own or run):
+        problems.append(f"has a config of its own{f', in {DOCUMENT}' if own else ''}; none can be given")
+    if path.name.isdigit() and is_run(path.parent) and not problems:
+        problems.append(f"one checkpoint of a run; name the run and step {path.name} (--step {path.name})")
+    if problems:
+        raise CheckpointProblems(path, problems)
 
 
 def _in_module(name: str, main_layers: int) -> bool:

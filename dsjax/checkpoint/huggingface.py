@@ -25,12 +25,13 @@ from dsjax.checkpoint.conversion import (
     target_dtype,
 )
 from dsjax.checkpoint.families import config_from_huggingface, config_to_huggingface
-from dsjax.checkpoint.files import Stored
+from dsjax.checkpoint.files import Columns, Stored
 from dsjax.checkpoint.names import scale_name
 from dsjax.checkpoint.sources import (
     CheckpointProblems,
     InMemory,
     Source,
+    are_file_names,
     flatten,
     model_arrays,
     open_files,
@@ -80,7 +81,9 @@ def open_huggingface(path: Path, config: ModelConfig | None = None) -> Source:
         except ValueError as error:
             problems += str(error).splitlines()
     names = [path.name] if path.is_file() else [name for name in (*_INDEXES, *_SINGLE) if (folder / name).exists()]
-    if not names:
+    if not names and any(folder.glob("model-*-of-*.safetensors")):
+        problems.append(f"{INDEX}: no such file, though there are shards of weights")
+    elif not names:
         problems.append(f"no weights: none of {', '.join((*_INDEXES, *_SINGLE))} is there")
     if problems and (config is None or not names):
         raise CheckpointProblems(path, problems)
@@ -105,9 +108,13 @@ def _read_file(path: Path, problems: list[str]) -> _Found:
 
 def _read_index(path: Path, problems: list[str]) -> _Found:
     """Open the shards that an index names, and compare what it says with what they hold."""
+    before = len(problems)
     places = read_json(path, problems).get("weight_map")
     if not isinstance(places, dict):
-        problems.append(f"{path.name}: has no weight_map")
+        problems += [f"{path.name}: has no weight_map"] if len(problems) == before else []
+        return {}, None, []
+    if not are_file_names(places.values()):
+        problems.append(f"{path.name}: its weight_map names what is no file beside it")
         return {}, None, []
     files = open_files([path.parent / name for name in sorted(set(places.values()))], problems)
     stored, unreadable = {}, set()
@@ -184,13 +191,12 @@ def _read_part(
     out = np.empty([len(part) for part in ranges], dtype)
     lead = len(next(iter(names)))
     rows, *columns = ranges[lead:]
-    kept = slice(columns[0].start, columns[0].stop) if columns else slice(None)
+    kept = (columns[0].start, columns[0].stop) if columns else None
     for at in np.ndindex(*out.shape[:lead]):
         name = names[tuple(part[i] for part, i in zip(ranges, at, strict=False))]
         for start in range(rows.start, rows.stop, _ROWS):  # Little more than the array itself is in memory.
             stop = min(start + _ROWS, rows.stop)
-            values = read_values(source, name, start, stop)
-            out[at][start - rows.start : stop - rows.start] = values[:, kept] if columns else values
+            out[at][start - rows.start : stop - rows.start] = read_values(source, name, start, stop, kept)
     return out
 
 
@@ -262,9 +268,9 @@ def memory_source(
     return source
 
 
-def read_values(source: Source, name: str, start: int, stop: int) -> np.ndarray:
+def read_values(source: Source, name: str, start: int, stop: int, columns: Columns = None) -> np.ndarray:
     """Return rows of a tensor as numbers: FP8 weights multiplied out in float32, others as they are stored."""
-    values = source.stored[name].read(start, stop)
+    values = source.stored[name].read(start, stop, columns)
     if values.dtype == ml_dtypes.float8_e4m3fn:
-        return dequantize(values, source.scales(name), first_row=start)
+        return dequantize(values, source.scales(name), start, columns[0] if columns else 0)
     return values

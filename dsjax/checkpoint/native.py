@@ -57,6 +57,11 @@ class Checkpoints:
         """Return the steps that have a checkpoint, oldest first; those found damaged are left out."""
         return [step for step in sorted(self._manager.all_steps()) if step not in self._damaged]
 
+    @property
+    def damaged(self) -> dict[int, str]:
+        """What is wrong with each step that was found damaged, newest first."""
+        return dict(sorted(self._damaged.items(), reverse=True))
+
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
         """Start to save a state and what a reader must know of it (JSON: config, data fingerprint ...).
 
@@ -101,20 +106,47 @@ class Checkpoints:
         A damaged checkpoint is reported by a warning and the one before is used. Raises FileNotFoundError if there is
         none, NoUsableCheckpoint if all are damaged, ValueError if the checkpoint's arrays are not those of `abstract`.
         """
+        found, (state, metadata) = self.newest_whole(lambda at: self.read(at, abstract, partial=partial), step)
+        return found, state, metadata
+
+    def newest_whole[T](self, read: Callable[[int], T], step: int | None = None) -> tuple[int, T]:
+        """Return (step, read(step)) of the newest checkpoint, or of `step`, in which `read` finds no damage.
+
+        Warns and raises like `restore`; `read` says with DamagedCheckpoint what it found.
+        """
         candidates = self.steps()[::-1] if step is None else [step]
         if not candidates or (step is not None and step not in self._manager.all_steps()):
             wanted = "" if step is None else f" of step {step}"
             raise FileNotFoundError(f"no checkpoint{wanted} in {self.folder}; there are: {self.steps() or 'none'}")
         for candidate in candidates:
             try:
-                state, metadata = self._read(candidate, abstract, partial)
+                return candidate, read(candidate)
             except DamagedCheckpoint as damage:
                 self._damaged[candidate] = str(damage)
                 log.warning("checkpoint %s is damaged and not used: %s", self._path(candidate), damage)
-                continue
-            return candidate, state, metadata
-        tried = "\n".join(f"  {self._path(at)}: {why}" for at, why in sorted(self._damaged.items(), reverse=True))
+        tried = "\n".join(f"  {self._path(at)}: {why}" for at, why in self.damaged.items())
         raise NoUsableCheckpoint(f"no usable checkpoint in {self.folder}; tried:\n{tried}")
+
+    def read(self, step: int, abstract: PyTree, *, partial: bool = False) -> tuple[PyTree, dict]:
+        """Return (state, metadata) of a step, as `restore` does. Raises DamagedCheckpoint if it is not whole."""
+        contents = _agreed(lambda: self._contents(step))
+        wanted = _flat(abstract)
+        saved = contents["arrays"]
+        _compare(f"checkpoint {self._path(step)}", saved, wanted, partial)
+        read = ocp.args.PyTreeRestore(
+            item=wanted, restore_args={k: _restore_as(v) for k, v in wanted.items()}, partial_restore=partial
+        )
+
+        def arrays() -> dict[str, Any]:
+            with _damage("state"):
+                return self._manager.restore(step, args=ocp.args.Composite(state=read))["state"]
+
+        state = _agreed(arrays)
+        wrong = [name for name, value in checksums(state).items() if f"{value:08x}" != saved[name][2]]
+        if wrong:
+            raise DamagedCheckpoint(f"checksum does not match: {_some(wrong)}")
+        leaves = [state[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), contents["metadata"]
 
     def read_metadata(self, step: int) -> dict:
         """Return the metadata saved with a step. Raises DamagedCheckpoint if it cannot be trusted."""
@@ -149,26 +181,6 @@ class Checkpoints:
             if zlib.crc32(saved["contents"].encode()) != saved["checksum"]:
                 raise DamagedCheckpoint("metadata: checksum does not match")
             return json.loads(saved["contents"])
-
-    def _read(self, step: int, abstract: PyTree, partial: bool) -> tuple[PyTree, dict]:
-        contents = _agreed(lambda: self._contents(step))
-        wanted = _flat(abstract)
-        saved = contents["arrays"]
-        _compare(f"checkpoint {self._path(step)}", saved, wanted, partial)
-        read = ocp.args.PyTreeRestore(
-            item=wanted, restore_args={k: _restore_as(v) for k, v in wanted.items()}, partial_restore=partial
-        )
-
-        def arrays() -> dict[str, Any]:
-            with _damage("state"):
-                return self._manager.restore(step, args=ocp.args.Composite(state=read))["state"]
-
-        state = _agreed(arrays)
-        wrong = [name for name, value in checksums(state).items() if f"{value:08x}" != saved[name][2]]
-        if wrong:
-            raise DamagedCheckpoint(f"checksum does not match: {_some(wrong)}")
-        leaves = [state[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), contents["metadata"]
 
     def _prepare_folder(self) -> None:
         """Remove what killed saves left, and rename damaged steps, whose numbers Orbax would refuse; their files stay.

@@ -1,60 +1,112 @@
 """Weights out of the checkpoints of a training run, to be exported or sampled from."""
 
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint
+from dsjax.checkpoint.native import Checkpoints, NoUsableCheckpoint
 from dsjax.checkpoint.sources import RUN_FOLDER, CheckpointProblems, InMemory, Source, checkpoints_of, show_arrays
 from dsjax.config import ModelConfig
 from dsjax.settings import from_dict
 
 FOLDER = RUN_FOLDER
 """Folder of a run that holds its checkpoints."""
+_AT_ONCE = 1 << 26
+"""Bytes of small arrays that are verified together: a read of Orbax's has a cost of its own."""
 
 
-def open_run(path: Path, step: int | None = None, weights: Literal["live", "ema"] = "live") -> Source:
-    """Open the weights in a run's newest checkpoint, or in that of `step`.
+def open_run(
+    path: Path, step: int | None = None, weights: Literal["live", "ema"] = "live", *, headers_only: bool = False
+) -> Source:
+    """Open the weights in a run's newest undamaged checkpoint, or in that of `step`.
 
     A state has `params` and `biases` in the canonical layout, and `ema` beside them; its metadata has the `config`.
-    Arrays are read, and verified, one at a time: the host needs room for the largest.
+    All weights are read once to find that they are whole, and again when they are used; the host needs room for the
+    largest array.
+
+    Args:
+        path: folder of a run, or of its checkpoints.
+        step: which checkpoint.
+        weights: those that were trained, or their moving average.
+        headers_only: look for damage in the metadata only.
 
     Raises:
-        CheckpointProblems: the checkpoint is damaged, or has no such weights.
+        CheckpointProblems: every checkpoint is damaged, or `step` is, or it has no such weights.
     """
-    checkpoints = Checkpoints(checkpoints_of(path))
-    steps = checkpoints.steps()
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, steps))
-        raise CheckpointProblems(checkpoints_of(path), [f"no checkpoint of step {step}; there are {there}"])
-    step = steps[-1] if step is None else step
-    where = checkpoints_of(path) / str(step)
-    tree = "params" if weights == "live" else "ema"
+    folder, tree = checkpoints_of(path), "params" if weights == "live" else "ema"
+    path = folder.parent if folder.name == RUN_FOLDER else path  # The tokenizer lies there.
+    checkpoints = Checkpoints(folder)
+
+    def look(at: int) -> tuple[ModelConfig, Mapping[str, Any], Mapping[str, str]]:
+        metadata, shapes = checkpoints.read_metadata(at), checkpoints.arrays(at)
+        config = _model_of(metadata, folder / str(at))
+        own = {name: f"{tree}/{name.removeprefix('params/')}" for name in shapes if name.startswith("params/")}
+        own |= {name: name for name in shapes if name.startswith("biases/")}
+        absent = [saved for saved in own.values() if saved not in shapes]
+        if absent:
+            raise CheckpointProblems(folder / str(at), [f"the checkpoint has no {name}" for name in absent[:3]])
+        if not headers_only:
+            for group in _groups({saved: shapes[saved] for saved in own.values()}):
+                checkpoints.read(at, group, partial=True)
+        return config, shapes, own
+
     try:
-        config = from_dict(ModelConfig, checkpoints.read_metadata(step)["config"]["model"])
-        shapes = checkpoints.arrays(step)
-    except (DamagedCheckpoint, KeyError) as error:
-        raise CheckpointProblems(where, [str(error)]) from error
-    own = {path: f"{tree}/{path.partition('/')[2]}" if path.startswith("params/") else path for path in shapes}
-    own = {path: saved for path, saved in own.items() if path.split("/")[0] in ("params", "biases")}
-    absent = [saved for saved in own.values() if saved not in shapes]
-    if absent:
-        raise CheckpointProblems(where, [f"the checkpoint has no {name}" for name in absent[:3]])
+        step, (config, shapes, own) = checkpoints.newest_whole(look, step)
+    except FileNotFoundError as error:
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        checkpoints.close()
+        missing = f"no checkpoint of step {step}; there are {there}" if step is not None else "no checkpoint"
+        raise CheckpointProblems(folder, [missing]) from error
+    except NoUsableCheckpoint as error:
+        checkpoints.close()
+        raise CheckpointProblems(folder, [line.strip() for line in str(error).splitlines()[1:]]) from error
+    except ValueError:
+        checkpoints.close()
+        raise
 
     @lru_cache(maxsize=1)
     def host(path: str) -> np.ndarray:
         name = own[path]
-        wanted = {name: np.broadcast_to(np.zeros((), shapes[name].dtype), shapes[name].shape)}
         try:
-            return checkpoints.restore(wanted, step, partial=True)[1][name]
+            return checkpoints.restore({name: _of(shapes[name])}, step, partial=True)[1][name]
         except NoUsableCheckpoint as error:
-            raise CheckpointProblems(where, str(error).splitlines()[1:]) from error
+            raise CheckpointProblems(folder / str(step), str(error).splitlines()[1:]) from error
 
     arrays = {path: InMemory(partial(host, path), shapes[name].shape, shapes[name].dtype) for path, name in own.items()}
     source = Source("run", path, config, show_arrays(arrays), close=checkpoints.close)
     source.workers = 1  # More would each drop the array that another is reading from.
     source.notes.append(f"weights: {weights}, of step {step}")
+    source.notes += [f"step {at} is damaged and was not used" for at in checkpoints.damaged]
     source.add_copies()
     return source
+
+
+def _model_of(metadata: Mapping[str, Any], where: Path) -> ModelConfig:
+    try:
+        return from_dict(ModelConfig, metadata["config"]["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointProblems(where, ["its metadata has no config of a model"]) from error
+    except ValueError as error:
+        raise CheckpointProblems(where, [f"its model: {error}"]) from error
+
+
+def _of(array: Any) -> np.ndarray:
+    """Return a numpy array of a shape and dtype, as `restore` wants it, without memory for its elements."""
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+def _groups(arrays: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield arrays by name in groups, each of at most `_AT_ONCE` bytes where an array is not larger by itself."""
+    group, filled = {}, 0
+    for name, array in arrays.items():
+        size = prod(array.shape) * array.dtype.itemsize
+        if group and filled + size > _AT_ONCE:
+            yield group
+            group, filled = {}, 0
+        group[name], filled = _of(array), filled + size
+    if group:
+        yield group

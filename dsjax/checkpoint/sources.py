@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsjax.checkpoint.files import DTYPES, FileTensor, SafetensorsFile, Stored
+from dsjax.checkpoint.files import DTYPES, Columns, FileTensor, SafetensorsFile, Stored
 from dsjax.checkpoint.names import Tensor, scale_name, scale_shape, tensors
 from dsjax.config import ModelConfig
 
 RUN_FOLDER = "checkpoints"
 """Folder of a run that holds its checkpoints."""
+_POINTER = b"version https://git-lfs"
+"""What a file begins with that stands for one that Git LFS has not brought."""
 Form = Literal["huggingface", "deepseek", "dsjax", "run", "memory"]
 
 
@@ -175,9 +177,10 @@ class InMemory:
         names = {dtype: name for name, dtype in DTYPES.items()}
         return names.get(np.dtype(self.numpy_dtype), str(self.numpy_dtype))
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, columns: Columns = None) -> np.ndarray:
         """Return rows start to stop."""
-        return self.host()[self.index][start:stop]
+        rows = self.host()[self.index][start:stop]
+        return rows[:, slice(*columns)] if columns else rows
 
 
 def show_arrays(arrays: Mapping[str, InMemory]) -> dict[str, Stored]:
@@ -208,17 +211,16 @@ class Joined:
         shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
         return tuple(shape)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, columns: Columns = None) -> np.ndarray:
         """Return rows start to stop."""
-        if self.axis == 1:
-            return np.concatenate([part.read(start, stop) for part in self.parts], axis=1)
+        low, high = (start, stop) if self.axis == 0 else columns or (0, self.shape[1])
         pieces, first = [], 0
         for part in self.parts:
-            here = range(max(start, first), min(stop, first + part.shape[0]))
-            if here:
-                pieces.append(part.read(here[0] - first, here[-1] + 1 - first))
-            first += part.shape[0]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            here = max(low - first, 0), min(high - first, part.shape[self.axis])
+            if here[0] < here[1]:
+                pieces.append(part.read(*here, columns) if self.axis == 0 else part.read(start, stop, here))
+            first += part.shape[self.axis]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.axis)
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,9 @@ class Same:
         """Shape of each."""
         return self.parts[0].shape
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, columns: Columns = None) -> np.ndarray:
         """Return rows start to stop. Raises CheckpointProblems if the files disagree."""
-        first, *others = (part.read(start, stop) for part in self.parts)
+        first, *others = (part.read(start, stop, columns) for part in self.parts)
         for number, other in enumerate(others, start=1):
             if first.tobytes() != other.tobytes():
                 raise CheckpointProblems(self.name, [f"{self.name} is not the same in files 0 and {number}"])
@@ -252,17 +254,28 @@ def open_files(paths: Iterable[Path], problems: list[str]) -> dict[Path, Any]:
     opened = {}
     for path in paths:
         try:
-            if path.suffix == ".safetensors":
+            if not path.exists():
+                problems.append(f"{path.name}: no such file")
+            elif path.suffix == ".safetensors":
                 opened[path] = SafetensorsFile(path)
-            else:
+            elif path.suffix in (".bin", ".pt", ".pth"):
                 from dsjax.checkpoint.torch_files import TorchFile
 
                 opened[path] = TorchFile(path)
-        except FileNotFoundError:
-            problems.append(f"{path.name}: no such file")
+            else:
+                problems.append(f"{path.name}: not a file of weights: neither .safetensors nor .bin, .pt or .pth")
+        except OSError as error:
+            problems.append(f"{path.name}: {error.strerror}")
         except ValueError as error:
-            problems.append(str(error).replace(f"{path}", path.name))
+            pointer = path.stat().st_size < 1024 and path.read_bytes().startswith(_POINTER)
+            reason = f"{path}: a pointer of Git LFS, not the file itself: run git lfs pull" if pointer else str(error)
+            problems.append(reason.replace(f"{path}", path.name))
     return opened
+
+
+def are_file_names(names: Iterable[Any]) -> bool:
+    """Return whether all are names of files in one folder: an index must not lead elsewhere."""
+    return all(isinstance(name, str) and name and Path(name).name == name for name in names)
 
 
 def checkpoints_of(path: Path) -> Path:
@@ -275,14 +288,20 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and any(child.name.isdigit() for child in checkpoints_of(path).iterdir())
 
 
-def read_json(path: Path, problems: list[str]) -> Any:
-    """Return the contents of a JSON file, or {} with a line in `problems`."""
+def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    """Return the object in a JSON file, or {} with a line in `problems`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path.name}: no such file")
-    except (ValueError, OSError) as error:
-        problems.append(f"{path.name}: {error}")
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+    except ValueError as error:
+        problems.append(f"{path.name}: not JSON: {error}")
+    else:
+        if isinstance(contents, dict):
+            return contents
+        problems.append(f"{path.name}: not a JSON object")
     return {}
 
 

@@ -1,6 +1,6 @@
 """PyTorch's own files (`.pt`, `.bin`), where torch is installed; only tensors are read, never arbitrary pickles."""
 
-import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ import numpy as np
 
 _NESTED = ("model", "state_dict", "module")
 """Keys under which training scripts keep the state dict."""
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+"""The function or class that a pickle asks for, in torch's refusal."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class TorchTensor:
         """Shape of the tensor."""
         return tuple(self.tensor.shape)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, columns: tuple[int, int] | None = None) -> np.ndarray:
         """Return rows start to stop."""
         from dsjax.checkpoint.torch_interop import tensor_to_numpy
 
-        return tensor_to_numpy(self.tensor[start:stop])
+        rows = tensor_to_numpy(self.tensor[start:stop].contiguous())  # Also of a tensor saved as a transposed view.
+        return rows[:, slice(*columns)] if columns else rows
 
 
 class TorchFile:
@@ -49,25 +52,15 @@ class TorchFile:
             torch.float8_e4m3fn: "F8_E4M3",
             torch.int64: "I64",
         }
-        try:
-            try:
-                contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                contents = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path}: holds more than tensors, and is not loaded: {str(error).splitlines()[0]}"
-            ) from error
-        except (RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"{path}: not a whole PyTorch file: {str(error).splitlines()[0]}") from error
+        contents = _load(path)
         for key in _NESTED:
             if isinstance(contents, dict) and isinstance(contents.get(key), dict):
                 contents = contents[key]
-        strangers = [str(key) for key, value in contents.items() if not isinstance(value, torch.Tensor)]
+        if not isinstance(contents, dict):
+            raise ValueError(f"{path}: not a state dict, but a {type(contents).__name__}")
+        strangers = [str(name) for name, value in contents.items() if not _is_plain(name, value)]
         if strangers:
-            raise ValueError(f"{path}: not a state dict: {', '.join(strangers[:5])} are no tensors")
+            raise ValueError(f"{path}: not a state dict: {', '.join(strangers[:5])} are no plain tensors")
         self.tensors = {
             name: TorchTensor(tensor, dtypes.get(tensor.dtype, str(tensor.dtype))) for name, tensor in contents.items()
         }
@@ -75,3 +68,31 @@ class TorchFile:
     def close(self) -> None:
         """Let go of the tensors."""
         self.tensors = {}
+
+
+def _load(path: Path) -> Any:
+    """Return what a file holds. torch's own messages are left out: they tell how to run a stranger's code."""
+    import torch
+
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # Over other files, torch raises what its reader happens to stumble on.
+        if found := _GLOBAL.search(str(error)):
+            raise ValueError(f"{path}: holds more than tensors ({found[1]}), and is not loaded") from error
+        raise ValueError(f"{path}: not a whole PyTorch file") from error
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Return whether an entry of a state dict is a name and a tensor with numbers in memory."""
+    import torch
+
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"

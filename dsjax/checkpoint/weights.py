@@ -5,11 +5,21 @@ conversion copies bytes, and any sharding reads just the bytes it needs. FP8 wei
 beside them under `<path>.scale`. Training takes such a folder as starting weights, and `generate` runs it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dsjax.checkpoint.conversion import Format, Output, Part, Plan, shards, target_dtype
 from dsjax.checkpoint.names import scale_name, scale_shape
-from dsjax.checkpoint.sources import CheckpointProblems, Source, model_arrays, open_files, piece, read_json
+from dsjax.checkpoint.sources import (
+    CheckpointProblems,
+    Source,
+    are_file_names,
+    model_arrays,
+    open_files,
+    piece,
+    read_json,
+)
 from dsjax.config import ModelConfig
 from dsjax.settings import from_dict, to_dict
 
@@ -23,6 +33,7 @@ def open_weights(path: Path) -> Source:
     document = read_json(path / DOCUMENT, problems)
     if not problems and document.get("format") != _FORMAT:
         problems.append(f"{DOCUMENT}: format is {document.get('format')!r}, this version reads {_FORMAT!r}")
+    problems += _wrong_fields(document) if not problems else []
     if problems:
         raise CheckpointProblems(path, problems)
     config = from_dict(ModelConfig, document["model"])
@@ -53,6 +64,23 @@ def open_weights(path: Path) -> Source:
         if source.copies:
             source.add_copies()
     return source
+
+
+def _wrong_fields(document: Mapping[str, Any]) -> list[str]:
+    """Return a line for each field of `dsjax.json` that is not what a conversion writes."""
+    problems = []
+    try:
+        from_dict(ModelConfig, document["model"])
+    except ValueError as error:
+        problems.append(f"{DOCUMENT}: model: {error}")
+    except (AttributeError, KeyError):
+        problems.append(f"{DOCUMENT}: has no model")
+    arrays = document.get("arrays")
+    if not isinstance(arrays, dict) or not are_file_names(arrays.values()):
+        problems.append(f"{DOCUMENT}: its arrays are not names of files beside it")
+    if not isinstance(document.get("huggingface") or {}, dict):
+        problems.append(f"{DOCUMENT}: huggingface is not the contents of a config.json")
+    return problems
 
 
 def plan_weights(source: Source, wanted: Format, shard_bytes: int) -> Plan:

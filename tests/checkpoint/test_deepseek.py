@@ -2,15 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from dsjax.checkpoint.audit import compare_values, released_listing
 from dsjax.checkpoint.conversion import convert
+from dsjax.checkpoint.families import config_to_huggingface
+from dsjax.checkpoint.files import DTYPES, SafetensorsWriter, Spec
 from dsjax.checkpoint.forms import make_plan, open_checkpoint
 from dsjax.checkpoint.sources import CheckpointProblems
+from dsjax.convert import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -83,6 +89,84 @@ def test_fp8_is_cut_between_blocks_or_not_at_all(tmp_path):
     assert error.value.problems[0] == f"{name}: its 192 rows do not make 2 equal shares of whole blocks of 128"
     assert len(error.value.problems) == 10
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def divisible(tmp_path_factory):
+    """An FP8 release, random codes and scales, whose matrices can be cut between blocks in 2 and in 4, not in 8.
+
+    The axes that are not cut have partial blocks.
+    """
+    folder = tmp_path_factory.mktemp("divisible")
+    config = replace(
+        open_checkpoint(GOLDEN / "v3" / "hf").config,
+        hidden_size=200,
+        intermediate_size=512,
+        moe_intermediate_size=512,
+        num_attention_heads=8,
+        q_lora_rank=72,
+        kv_lora_rank=136,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
+    )
+    specs = [Spec(name, *rest) for name, rest in released_listing(config).items() if "layers.2.embed" not in name]
+    specs = [spec for spec in specs if not spec.name.endswith("shared_head.head.weight")]
+    random = np.random.default_rng(0)
+    writer = SafetensorsWriter(folder / "model.safetensors", specs)
+    for spec in specs:
+        data = random.integers(0, 0x7E, spec.nbytes, dtype=np.uint8)
+        if spec.dtype == "F32":
+            data = random.uniform(1e-4, 1e-2, spec.shape).astype(np.float32)
+        writer.write(spec.name, 0, data.view(DTYPES[spec.dtype]))
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(config_to_huggingface(config, fp8=True)))
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fp8_of_several_ranks_comes_back_byte_for_byte(divisible, ranks, tmp_path):
+    demo, ours, back = (tmp_path / name for name in ("demo", "ours", "back"))
+    assert main(["to-deepseek", str(divisible), str(demo), "--ranks", str(ranks)]) == 0
+    assert main(["from-deepseek", str(demo), str(ours)]) == 0
+    for source in (ours, demo):
+        assert main(["to-hf", str(source), str(back)]) == 0
+        assert compare_values(open_checkpoint(back), open_checkpoint(divisible)) == []
+        raw = [safetensors.deserialize((path / "model.safetensors").read_bytes()) for path in (back, divisible)]
+        assert dict(raw[0]) == dict(raw[1])
+        shutil.rmtree(back)
+    # What is in a rank's file, said without our reader.
+    whole = dict(raw[1])
+    o, scales = (whole[f"model.layers.0.self_attn.o_proj.weight{end}"] for end in ("", "_scale_inv"))
+    codes = np.frombuffer(o["data"], np.uint8).reshape(o["shape"])
+    blocks = np.frombuffer(scales["data"], np.float32).reshape(scales["shape"])
+    assert (codes.shape, blocks.shape) == ((200, 512), (2, 4))
+    for rank in range(ranks):
+        file = dict(safetensors.deserialize((demo / f"model{rank}-mp{ranks}.safetensors").read_bytes()))
+        for name, array in (("weight", codes), ("scale", blocks)):
+            share = np.split(array, ranks, axis=1)[rank]
+            assert file[f"layers.0.attn.wo.{name}"]["shape"] == list(share.shape)
+            assert bytes(file[f"layers.0.attn.wo.{name}"]["data"]) == share.tobytes()
+
+
+def test_fp8_of_more_ranks_than_blocks_is_refused_by_name(divisible, tmp_path, capsys):
+    assert main(["to-deepseek", str(divisible), str(tmp_path / "demo"), "--ranks", "8"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    main_layer = {
+        "self_attn.q_b_proj": "1536 rows", "self_attn.kv_b_proj": "1536 rows", "self_attn.o_proj": "512 columns",
+        "mlp.gate_proj": "512 rows", "mlp.up_proj": "512 rows", "mlp.down_proj": "512 columns",
+    }  # fmt: skip
+    lines = [
+        f"  model.layers.{layer}.{name.replace('mlp', 'mlp.shared_experts') if layer else name}.weight: "
+        f"its {axis} do not make 8 equal shares of whole blocks of 128"
+        for layer in range(2)
+        for name, axis in main_layer.items()
+    ]
+    assert sorted(said[1:]) == sorted(lines)
+    assert said[0] == f"dsjax: {divisible}: 12 problems"
+    assert not list(tmp_path.iterdir())
+    # Multiplied out, there are no blocks to cut.
+    assert main(["to-deepseek", str(divisible), str(tmp_path / "demo"), "--ranks", "8", "--dtype", "bf16"]) == 0
 
 
 def test_ranks_that_do_not_divide_are_refused(tmp_path):

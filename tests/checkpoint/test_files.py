@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from dsjax.checkpoint import files
 from dsjax.checkpoint.files import DTYPES, SafetensorsFile, SafetensorsWriter, Spec
 
 
@@ -56,6 +57,33 @@ def test_we_read_what_the_library_writes(tmp_path):
     assert (file.tensors["a"].read(2, 5) == arrays["a"][2:5]).all()
     assert (file.tensors["b"].read(0, 9) == arrays["b"]).all()
     file.close()
+
+
+@pytest.mark.parametrize(
+    ("width", "columns", "expected"),
+    [
+        (4096, (2048, 4096), 4 * 5 * 2048),  # Of 16 KiB a row, 8 KiB are skipped: just worth a call for each row.
+        (4096, (2047, 4096), 4 * 5 * 4096),
+        (8192, (1024, 1025), 4 * 5),
+        (2048, (0, 256), 4 * 5 * 2048),
+        (8192, None, 4 * 5 * 8192),
+    ],
+)
+def test_only_wanted_columns_of_wide_rows_are_read(tmp_path, monkeypatch, width, columns, expected):
+    array = np.random.default_rng(0).standard_normal((9, width)).astype(np.float32)
+    save_file({"before": array[:1], "a": array}, tmp_path / "x")
+    read, original = [], files.os.preadv
+
+    def preadv(descriptor, buffers, offset):
+        read.append(original(descriptor, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(files.os, "preadv", preadv)
+    file = SafetensorsFile(tmp_path / "x")
+    found = file.tensors["a"].read(2, 7, columns)
+    assert (found == array[2:7, slice(*columns) if columns else slice(None)]).all()
+    assert sum(read) == expected
+    assert file.tensors["a"].read(3, 3, columns).shape == (0, found.shape[1])
 
 
 def _file(tmp_path, header, data=b""):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from dsjax.checkpoint import files
-from dsjax.checkpoint.huggingface import _read_part, load_huggingface, open_huggingface, save_huggingface
+from dsjax.checkpoint.huggingface import _read_part, load, load_huggingface, open_huggingface, save_huggingface
 from dsjax.checkpoint.sources import CheckpointProblems
 from dsjax.model.layout import stack
 from dsjax.model.transformer import abstract_parameters
@@ -88,8 +88,8 @@ def test_only_the_bytes_of_this_process_are_read(monkeypatch):
     shardings = {"params": jax.tree.map(place, params), "biases": jax.tree.map(place, biases)}
     reads, original = [], files.FileTensor.read
 
-    def read(self, start, stop):
-        out = original(self, start, stop)
+    def read(self, start, stop, columns=None):
+        out = original(self, start, stop, columns)
         reads.append(out.nbytes)
         return out
 
@@ -106,6 +106,35 @@ def test_only_the_bytes_of_this_process_are_read(monkeypatch):
     found = _read_part(source, names, experts.shape, part, np.dtype(np.float32))
     assert (found == np.asarray(experts[part])).all()
     assert sum(reads) == found.nbytes, "and of a part, the part's"
+
+
+@pytest.mark.parametrize("form", ["hf", "hf_fp8"])
+def test_of_a_sharding_along_columns_only_the_columns_are_read(form, monkeypatch):
+    """With rows so short as a test's, if they are taken for long ones."""
+    monkeypatch.setattr(files, "_SKIPPED", 1)
+    mesh = jax.make_mesh((8,), ("e",), axis_types=(AxisType.Auto,))
+    _, params, biases = load_huggingface(GOLDEN / "v3" / form)
+
+    def place(leaf):
+        divided = leaf.ndim > 1 and leaf.shape[-1] % 8 == 0
+        return NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "e") if divided else P())
+
+    shardings = {"params": jax.tree.map(place, params), "biases": jax.tree.map(place, biases)}
+    read, original = [], files.os.preadv
+
+    def preadv(descriptor, buffers, offset):
+        read.append(original(descriptor, buffers, offset))
+        return read[-1]
+
+    source = open_huggingface(GOLDEN / "v3" / form)
+    monkeypatch.setattr(files.os, "preadv", preadv)
+    sharded = load(source, shardings)
+    assert _same(sharded[1:], (params, biases))
+    codes = sum(np.prod(t.shape) for t in source.stored.values() if t.dtype == "F8_E4M3")
+    scales = [t for name, t in source.stored.items() if name.endswith("_scale_inv")]
+    plain = sum(leaf.nbytes for leaf in jax.tree.leaves((params, biases))) - 4 * codes
+    # Scales are few: each of the 8 devices' columns takes them all.
+    assert sum(read) == codes + plain + 8 * sum(4 * np.prod(t.shape) for t in scales)
 
 
 def test_quantized_weights_are_the_goldens_bit_for_bit(tmp_path):

@@ -68,7 +68,7 @@ def test_a_longer_context_is_possible(generated):
         (["--seed", "-1"], "seed = -1: must be at least 0"),
         (["--max-tokens", "0"], "max_tokens = 0: must be at least 1"),
         (["--max-tokens", "many"], "max_tokens = 'many': must be an integer"),
-        (["--topp", "0.5"], "unknown option --topp; did you mean --top_p"),
+        (["--topp", "0.5"], "unknown option --topp; did you mean --top-p"),
         (["more"], "unexpected argument 'more'"),
         (["--prompt", "\udcff"], "prompt"),
     ],

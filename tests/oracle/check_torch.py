@@ -117,18 +117,28 @@ def check_files(folder: Path) -> None:
     torch.save({"weight": Evil()}, folder / "evil.bin")
     (folder / "pickle.bin").write_bytes(pickle.dumps(Evil()))
     torch.save({"a": torch.zeros(2), "step": 3}, folder / "mixed.bin")
+    torch.save({"a": torch.zeros(2).to_sparse(), 7: torch.zeros(2)}, folder / "odd.bin")
+    torch.save([torch.zeros(2)], folder / "list.bin")
+    torch.save(torch.nn.Linear(2, 2), folder / "module.bin")
+    (folder / "text.bin").write_text("hello")
+    (folder / "empty.bin").write_bytes(b"")
     data = (folder / "plain.bin").read_bytes()
     (folder / "short.bin").write_bytes(data[: len(data) // 2])
     for name, message in {
-        "evil.bin": "holds more than tensors, and is not loaded: ",
-        "pickle.bin": "holds more than tensors, and is not loaded: ",
-        "mixed.bin": "not a state dict: step are no tensors",
-        "short.bin": "not a whole PyTorch file: ",
+        "evil.bin": "holds more than tensors (posix.mkdir), and is not loaded",
+        "module.bin": "holds more than tensors (torch.nn.modules.linear.Linear), and is not loaded",
+        "mixed.bin": "not a state dict: step are no plain tensors",
+        "odd.bin": "not a state dict: a, 7 are no plain tensors",
+        "list.bin": "not a state dict, but a list",
+        "pickle.bin": "not a whole PyTorch file",
+        "short.bin": "not a whole PyTorch file",
+        "text.bin": "not a whole PyTorch file",
+        "empty.bin": "not a whole PyTorch file",
     }.items():
         try:
             TorchFile(folder / name)
         except ValueError as error:
-            assert str(error).startswith(f"{folder / name}: {message}"), error
+            assert str(error) == f"{folder / name}: {message}", error
         else:
             raise AssertionError(name)
     assert not Path("evil").exists()

@@ -1,12 +1,14 @@
 """A model trained by dsjax, exported to Hugging Face's form, gives the same logits in transformers on torch.
 
-    uv run python tests/oracle/exported_logits.py export FOLDER
+    uv run python -m dsjax.train configs/tiny.toml --train.steps 30 --run RUN
+    uv run python tests/oracle/exported_logits.py export FOLDER --run RUN
     python3.11 -m venv torchenv && torchenv/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate
     torchenv/bin/python tests/oracle/exported_logits.py check FOLDER > tests/oracle/exported_logits.json
 
-The first command trains `configs/models/tiny.toml` on its own source for a few steps (or takes `--run runs/tiny`),
-saves a checkpoint as a run does, exports that in float32 and in BF16 with `dsjax.convert`, and writes what dsjax
-computes. The second, in an environment that has torch and no JAX, loads the exports and compares.
+The second command exports the run in float32 and in BF16 with `python -m dsjax.convert to-hf`, and writes what dsjax
+computes; without `--run` it trains `configs/models/tiny.toml` on its own source for a few steps, with router biases far
+from 0, and saves a checkpoint as a run does. The last, in an environment that has torch and no JAX, loads the exports
+and compares.
 """
 
 import argparse
@@ -34,7 +36,7 @@ def export(folder: Path, run: Path | None, steps: int) -> None:
     if run is None:
         train(folder / "run", steps)
     tokens = np.random.default_rng(0).integers(0, 200, (2, 96), dtype=np.int32)
-    arrays = {"tokens": tokens}
+    arrays = {"tokens": tokens, "source": "a run of dsjax.train" if run else "trained by this script"}
     for dtype in DTYPES:
         assert main(["to-hf", str(run or folder / "run"), str(folder / dtype), "--dtype", dtype]) == 0
         config, params, biases = load_huggingface(folder / dtype)
@@ -46,6 +48,8 @@ def export(folder: Path, run: Path | None, steps: int) -> None:
             hidden, _ = hidden_states(params, biases, x, ctx, config=config, runtime=Runtime())
             return logits(params, hidden)
 
+        report = json.loads((folder / dtype / "conversion.json").read_text())
+        arrays["notes"], arrays["biases"] = report["notes"], max(float(abs(b).max()) for b in jax.tree.leaves(biases))
         arrays[dtype] = np.asarray(compute(stack(params, config), stack(biases, config)))
     np.savez(folder / "logits.npz", **arrays)
 
@@ -97,7 +101,10 @@ def check(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     saved = np.load(folder / "logits.npz")
-    result = {"torch": torch.__version__, "transformers": transformers.__version__, "tolerance": TOLERANCE}
+    commands = [line.strip() for line in __doc__.splitlines() if line.startswith("    ")]
+    result = {"commands": commands, "source": str(saved["source"]), "notes": saved["notes"].tolist()}
+    result |= {"largest_router_bias": float(saved["biases"]), "tokens": int(saved["tokens"].size)}
+    result |= {"torch": torch.__version__, "transformers": transformers.__version__, "tolerance": TOLERANCE}
     for dtype in DTYPES:
         model = AutoModelForCausalLM.from_pretrained(
             folder / dtype, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
