@@ -14,6 +14,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 Remat = Literal["none", "report", "full"]
 AttentionKernel = Literal["auto", "plain", "chunked", "cudnn", "splash", "tokamax"]
 GroupedMatmulKernel = Literal["auto", "tiles", "batched", "ragged"]
+Transport = Literal["padded", "ragged", "gather"]
 Source = Literal["python-stdlib", "text", "jsonl", "parquet", "tokens"]
 
 
@@ -369,6 +370,60 @@ class KernelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh; together they are all devices of the run.
+
+    Sequences are divided over data x node x local, experts over node x local.
+    """
+
+    pipe: int = 1
+    """Stages of the pipeline."""
+    data: int = 1
+    """Copies of all experts, which learn from different sequences."""
+    node: int = 1
+    """Nodes over which experts are divided; links between them are slow."""
+    local: int = 1
+    """Devices of a node over which its experts are divided; links between them are fast."""
+
+    def __post_init__(self) -> None:
+        law = _Laws(self, "mesh.")
+        law.at_least(1, "pipe", "data", "node", "local")
+        law("pipe", self.pipe == 1, "1: pipelines are not built yet")
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return self.pipe * self.data * self.node * self.local
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts into which the sequences of a micro-batch are divided."""
+        return self.data * self.node * self.local
+
+    @property
+    def expert_shards(self) -> int:
+        """Parts into which the experts of a layer are divided."""
+        return self.node * self.local
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchConfig:
+    """How tokens travel to experts on other devices. No setting drops a token: what the first round's buffers do not
+    hold goes in further rounds."""
+
+    transport: Transport = "padded"
+    """`padded` sends whole buffers by all-to-all, `ragged` only the rows in use (`jax.lax.ragged_all_to_all`: GPU and
+    TPU, emulated on a CPU), `gather` sends everything everywhere, to check the others."""
+    node_slack: float = 1.2
+    """Rows of a buffer to another node, as a multiple of what it gets when routing is even."""
+    device_slack: float = 1.25
+    """The same of a buffer to another device of the node."""
+
+    def __post_init__(self) -> None:
+        _Laws(self, "dispatch.").positive("node_slack", "device_slack")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the state is saved."""
 
@@ -391,6 +446,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     run: str = ""
     """Folder of the run; empty for `runs/` and the name of the TOML file."""
     precision: Precision = "auto"
@@ -402,4 +459,17 @@ class Config:
         if length <= depth:
             raise ValueError(
                 f"data.sequence_length = {length}: must be greater than model.num_nextn_predict_layers = {depth}"
+            )
+        mesh, experts = self.mesh, self.model.n_routed_experts
+        if experts % mesh.expert_shards:
+            raise ValueError(
+                f"mesh.node x mesh.local = {mesh.node} x {mesh.local} = {mesh.expert_shards}: must divide "
+                f"model.n_routed_experts = {experts}, so that every device holds as many experts"
+            )
+        name = "micro_batch_size" if self.train.micro_batch_size else "batch_size"
+        if getattr(self.train, name) % mesh.batch_shards:
+            raise ValueError(
+                f"train.{name} = {getattr(self.train, name)}: must be divisible by mesh.data x mesh.node x mesh.local "
+                f"= {mesh.data} x {mesh.node} x {mesh.local} = {mesh.batch_shards}, so that every device gets as many "
+                "sequences"
             )

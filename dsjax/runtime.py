@@ -34,8 +34,9 @@ class Exchange(Protocol):
         indices: Int[Array, "T K"],
         weights: Float[Array, "T K"],
         num_experts: int,
-    ) -> Float[Array, "T D"]:
-        """Return, for each token, the sum over its K experts of their outputs times its weights."""
+    ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+        """Return, for each token, the sum over its K experts of their outputs times its weights; and the rounds that
+        it took, int32."""
         ...
 
 

@@ -3,9 +3,18 @@
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsjax.host_memory import keep_freed_memory
+from dsjax.parallel.hosts import (
+    Distributed,
+    console_of_process,
+    errors_of_process,
+    process_prefix,
+    processes,
+    simulate_devices,
+    start,
+)
 from dsjax.settings import load_run, one_line_errors
 
 
@@ -17,6 +26,7 @@ class Options:
     """Begin at step 0; refuses a folder that a run has used."""
     overwrite: bool = False
     """With --fresh: delete what the run in that folder left."""
+    distributed: Distributed = field(default_factory=Distributed)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,14 +34,19 @@ def main(argv: Sequence[str]) -> None:
     with one_line_errors():
         config, options = load_run(argv, Options, "train")
         keep_freed_memory()
-        # Behind the settings, so that --help and mistakes are answered at once.
-        from dsjax.training.loop import TrainingFailed, train
+        # Here JAX is imported: behind the settings, so that --help and mistakes are answered at once.
+        start(options.distributed)
+        with errors_of_process():
+            console = console_of_process()
+            if simulate_devices(config.mesh.devices // processes()):
+                console.print(f"simulated {config.mesh.devices} devices on the CPU")
+            from dsjax.training.loop import TrainingFailed, train
 
-        try:
-            train(config, fresh=options.fresh, overwrite=options.overwrite)
-        except TrainingFailed as failure:
-            print("dsjax:", failure, file=sys.stderr)
-            raise SystemExit(1) from None
+            try:
+                train(config, fresh=options.fresh, overwrite=options.overwrite, console=console)
+            except TrainingFailed as failure:
+                print(f"dsjax: {process_prefix()}{failure}", file=sys.stderr)
+                raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ experts are numbered through, and a token of layer l goes to expert l E + e.
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.model.dispatch import combine, dispatch, dispatch_weights, sort_by_expert
@@ -33,9 +34,10 @@ def exchange_within_row(layer: Int[Array, ""], layers: int) -> Exchange:
         indices: Int[Array, "T K"],
         weights: Float[Array, "T K"],
         num_experts: int,
-    ) -> Float[Array, "T D"]:
+    ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
         # Groups of one row need no padding.
         plan = sort_by_expert(layer * num_experts + indices, layers * num_experts, alignment=1)
-        return combine(plan, experts(dispatch(plan, x), dispatch_weights(plan, weights), plan.groups))
+        rows = experts(dispatch(plan, x), dispatch_weights(plan, weights), plan.groups)
+        return combine(plan, rows), jnp.ones((), jnp.int32)
 
     return exchange

@@ -18,7 +18,7 @@ from dsjax.runtime import Runtime
 
 BlockFunction = Callable[[PyTree, Array, Context], tuple[Array, MoEAux | None]]
 
-SAVED = ("norm_in", "latent", "attention_out", "attention_lse", "router_logits", "dispatched", "gate_up")
+SAVED = ("norm_in", "latent", "attention_out", "attention_lse", "router_logits", "plan", "dispatched", "gate_up")
 """What the backward pass reads under `remat = "report"`; norms, MLA up-projections and activations are recomputed."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PyTree
 
 from dsjax.model.grouped_matmul import Groups, buffer_rows, default_alignment, group_rows
@@ -30,7 +31,7 @@ class Plan:
     slot_of_row: Int32[Array, "R"]
     """Slot that each row serves; T * k for padding."""
     row_of_slot: Int32[Array, "T k"]
-    """Row of each slot."""
+    """Row of each slot; R for a slot without an expert."""
 
 
 def exchange_locally(
@@ -39,17 +40,19 @@ def exchange_locally(
     indices: Int32[Array, "T k"],
     weights: Float[Array, "T k"],
     num_experts: int,
-) -> Float[Array, "T D"]:
+) -> tuple[Float[Array, "T D"], Int32[Array, ""]]:
     """The `Exchange` of a single device, which holds all experts: sort, run them, sum each token's results."""
     plan = sort_by_expert(indices, num_experts, default_alignment(jax.default_backend()))
-    return combine(plan, experts(dispatch(plan, x), dispatch_weights(plan, weights), plan.groups))
+    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "plan"), plan)
+    rows = experts(dispatch(plan, x), checkpoint_name(dispatch_weights(plan, weights), "plan"), plan.groups)
+    return combine(plan, rows), jnp.ones((), jnp.int32)
 
 
 def sort_by_expert(indices: Int32[Array, "T k"], num_experts: int, alignment: int) -> Plan:
     """Give every (token, expert) choice a row, expert after expert, in the order of the tokens within an expert.
 
     Args:
-        indices: the experts of each token, in [0, num_experts).
+        indices: the experts of each token, in [0, num_experts); `num_experts` for none.
         num_experts: E.
         alignment: every expert's rows begin at a multiple of it.
 
@@ -58,7 +61,7 @@ def sort_by_expert(indices: Int32[Array, "T k"], num_experts: int, alignment: in
     """
     tokens, k = indices.shape
     slots = tokens * k
-    if slots * num_experts >= 2**31:
+    if slots * (num_experts + 1) >= 2**31:
         raise ValueError(
             f"{tokens} tokens x {k} experts x {num_experts}: should be below 2^31, use smaller micro-batches"
         )
@@ -70,10 +73,16 @@ def sort_by_expert(indices: Int32[Array, "T k"], num_experts: int, alignment: in
 
     # An expert's rows are its part of `order`, moved to where its group starts.
     shift = groups.starts - (jnp.cumsum(sizes) - sizes)
+    expert_of_order = expert[order]
+    row_in_order = jnp.arange(slots, dtype=jnp.int32) + jnp.take(shift, expert_of_order, mode="clip")
     row_of_slot = (
         jnp.zeros(slots, jnp.int32)
         .at[order]
-        .set(jnp.arange(slots, dtype=jnp.int32) + shift[expert[order]], unique_indices=True, mode="promise_in_bounds")
+        .set(
+            jnp.where(expert_of_order < num_experts, row_in_order, groups.rows),
+            unique_indices=True,
+            mode="promise_in_bounds",
+        )
     )
     row = jnp.arange(groups.rows, dtype=jnp.int32)
     group = jnp.minimum(jnp.repeat(groups.group_of_tile, alignment), num_experts - 1)
@@ -99,36 +108,34 @@ def dispatch_weights(plan: Plan, weights: Float[Array, "T k"]) -> Float[Array, "
 
 @jax.custom_vjp
 def _dispatch(plan, x):
-    tokens, k = plan.row_of_slot.shape
-    return _take_or_zero(x, plan.slot_of_row // k, tokens)
+    return take_or_zero(x, plan.slot_of_row // plan.row_of_slot.shape[1])
 
 
 @jax.custom_vjp
 def _combine(plan, rows):
-    # One term per expert and not a sum over an axis, so that XLA makes a single pass without a [T, k, D] in between.
-    parts = [
-        rows.at[plan.row_of_slot[:, j]].get(mode="promise_in_bounds").astype(jnp.float32)
-        for j in range(plan.row_of_slot.shape[1])
-    ]
-    return sum(parts[1:], parts[0]).astype(rows.dtype)
+    return sum_of_rows(rows, plan.row_of_slot)
 
 
 @jax.custom_vjp
 def _dispatch_weights(plan, weights):
-    return _take_or_zero(weights.reshape(-1), plan.slot_of_row, weights.size)
+    return take_or_zero(weights.reshape(-1), plan.slot_of_row)
 
 
 _dispatch.defvjp(lambda plan, x: (_dispatch(plan, x), plan), lambda plan, dy: (None, _combine(plan, dy)))
 _combine.defvjp(lambda plan, rows: (_combine(plan, rows), plan), lambda plan, dy: (None, _dispatch(plan, dy)))
 _dispatch_weights.defvjp(
     lambda plan, weights: (_dispatch_weights(plan, weights), plan),
-    lambda plan, dy: (None, dy.at[plan.row_of_slot].get(mode="promise_in_bounds")),
+    lambda plan, dy: (None, take_or_zero(dy, plan.row_of_slot)),
 )
 
 
-def _take_or_zero(x: Array, index: Int32[Array, "R"], length: int) -> Array:
-    """x[index], and zero where `index` is `length`."""
-    present = (index < length).reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(
-        present, x.at[jnp.minimum(index, length - 1)].get(mode="promise_in_bounds"), jnp.zeros((), x.dtype)
-    )
+def take_or_zero(x: Array, index: Int32[Array, "*shape"]) -> Array:
+    """Return x[index], and zeros where `index` is behind the last row."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def sum_of_rows(x: Float[Array, "R ..."], index: Int32[Array, "T k"]) -> Float[Array, "T ..."]:
+    """Return the sum over k of x[index], in float32 and then in the type of `x`; an index of R counts for nothing."""
+    # One term per k and not a sum over an axis, so that XLA makes a single pass without a [T, k, ...] in between.
+    parts = [take_or_zero(x, index[:, j]).astype(jnp.float32) for j in range(index.shape[1])]
+    return sum(parts[1:], parts[0]).astype(x.dtype)

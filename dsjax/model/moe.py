@@ -25,6 +25,8 @@ class MoEAux(NamedTuple):
     """Tokens that chose each expert, int32."""
     balance_loss: Float[Array, "*L"]
     """Sequence-wise balance loss, before its weight."""
+    rounds: Int[Array, "*L"]
+    """Rounds of the expert exchange, int32; 1 where nothing overflowed."""
 
 
 class Experts(nnx.Module):
@@ -58,13 +60,13 @@ def moe(
         return expert_ffn(params["experts"], rows, weights, groups, runtime=runtime)
 
     exchange = runtime.exchange or exchange_locally
-    routed = exchange(experts, tokens, routing.indices, routing.weights, config.n_routed_experts)
+    routed, rounds = exchange(experts, tokens, routing.indices, routing.weights, config.n_routed_experts)
     y = (routed + feed_forward(params["shared"], tokens)).reshape(x.shape)
 
     balance_loss = sequence_balance_loss(routing.scores.reshape(*x.shape[:2], -1), config)
     y = add_loss(y, balance_loss, ctx.balance_weight)
     loads = expert_loads(routing.indices, config.n_routed_experts)
-    return y, MoEAux(loads, jax.lax.stop_gradient(balance_loss))
+    return y, MoEAux(loads, jax.lax.stop_gradient(balance_loss), rounds)
 
 
 def expert_ffn(

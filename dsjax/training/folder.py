@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint, differing_fields
 from dsjax.config import Config
 from dsjax.data.tokens import TokenCache
 from dsjax.model.layout import stack, unstack
+from dsjax.parallel.agreement import on_first
 from dsjax.settings import to_dict, to_toml
 from dsjax.training.state import TrainState, abstract_state, from_canonical, to_canonical
 
@@ -22,9 +22,11 @@ MAY_CHANGE = {
     *("run", "data.path", "data.tokenizer", "data.cache"),
     *("train.log_every", "train.validate_every", "train.validation_sequences", "train.max_bad_steps"),
     *("checkpoint.every", "checkpoint.keep"),
+    *("mesh.pipe", "mesh.data", "mesh.node", "mesh.local"),
+    *("dispatch.transport", "dispatch.node_slack", "dispatch.device_slack"),
 }
-"""Settings that a resumed run may have otherwise: its numbers do not depend on them. Paths are covered by the
-fingerprint of the tokens behind them."""
+"""Settings that a resumed run may have otherwise: its numbers do not depend on them, or only, in the last bits, by the
+order of sums. Paths are covered by the fingerprint of the tokens behind them."""
 
 CONTENTS = (
     *("checkpoints", "tensorboard", "pictures", "metrics.jsonl", "metrics.draft"),
@@ -39,7 +41,7 @@ class Resumed:
 
     state: TrainState
     average: PyTree | None
-    """The moving average of the weights, stacked NumPy arrays; None where the run keeps none."""
+    """The moving average of the weights, stacked; None where the run keeps none."""
     seconds: float
     """Time spent in the run so far."""
 
@@ -47,8 +49,8 @@ class Resumed:
 class RunFolder:
     """A run's folder: `config.toml`, `tokenizer.json`, `checkpoints/`, and what the run writes about itself.
 
-    A context, inside of which `checkpoints` is open and no other process may run in the folder; nothing is made or
-    deleted before.
+    A context, inside of which `checkpoints` is open and no other run may use the folder; nothing is made or deleted
+    before. Of several processes of a run the first makes and writes what is not an array of the state.
     """
 
     checkpoints: Checkpoints
@@ -64,20 +66,29 @@ class RunFolder:
             ValueError: the folder is used, or holds something that is not a run.
         """
         self.path = Path(config.run)
-        self._config, self._overwrite = config, overwrite
-        if overwrite and not fresh:
+        self._config, self._fresh, self._overwrite = config, fresh, overwrite
+        self._lock: int | None = None
+        on_first(self._check_use)
+
+    def _check_use(self) -> None:
+        if self._overwrite and not self._fresh:
             raise ValueError("--overwrite goes with --fresh: without it, the same command resumes the run")
         used = self.path.is_dir() and any(self.path.iterdir())
         if used and not (self.path / "config.toml").is_file():
-            raise ValueError(f"run = {config.run!r}: the folder holds something else than a run; name another")
-        if used and fresh and not overwrite:
+            raise ValueError(f"run = {self._config.run!r}: the folder holds something else than a run; name another")
+        if used and self._fresh and not self._overwrite:
             raise ValueError(
-                f"run = {config.run!r}: a run is there, which --fresh would lose; "
+                f"run = {self._config.run!r}: a run is there, which --fresh would lose; "
                 "add --overwrite, or name another folder"
             )
 
     def __enter__(self) -> "RunFolder":
-        """Raise ValueError if another process runs in the folder."""
+        """Raise ValueError if another run uses the folder."""
+        on_first(self._prepare)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", self._config.checkpoint.keep)
+        return self
+
+    def _prepare(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)  # given back by the system too, however the process ends
         try:
@@ -92,14 +103,13 @@ class RunFolder:
         config = self.path / "config.toml"
         if not config.exists():  # from here on the folder is a run's, even if the run dies before its first checkpoint
             config.write_text(to_toml(self._config), "utf-8")
-        self.checkpoints = Checkpoints(self.path / "checkpoints", self._config.checkpoint.keep)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         try:
             self.checkpoints.close()
         finally:
-            os.close(self._lock)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def _delete(self) -> None:
         for name in CONTENTS:
@@ -109,8 +119,10 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def resume(self, fingerprint: str) -> Resumed | None:
+    def resume(self, fingerprint: str, mesh: Mesh) -> Resumed | None:
         """Return the newest undamaged checkpoint's contents, or None in a run that has saved nothing yet.
+
+        Every process reads the parts that its devices hold, whatever mesh the checkpoint was written from.
 
         Args:
             fingerprint: of the tokens that the run would read now.
@@ -121,7 +133,7 @@ class RunFolder:
         """
         if not self.checkpoints.steps():
             return None
-        abstract = abstract_state(self._config)
+        abstract = abstract_state(self._config, mesh)
         if self._config.train.ema_decay:
             abstract["ema"] = abstract["params"]
         self._check(fingerprint)
@@ -131,7 +143,7 @@ class RunFolder:
             raise ValueError(f"run = {self._config.run!r}: {error}; begin anew with --fresh --overwrite") from None
         average = tree.pop("ema", None)
         if average is not None:
-            average = jax.tree.map(np.asarray, stack(average, self._config.model))
+            average = stack(average, self._config.model)
         return Resumed(from_canonical(tree, self._config.model), average, metadata["seconds"])
 
     def _check(self, fingerprint: str) -> None:
@@ -161,7 +173,7 @@ class RunFolder:
         return None
 
     def describe(self, data: TokenCache) -> None:
-        """Write the resolved settings and the tokenizer, which other commands read."""
+        """Write the resolved settings and the tokenizer, which other commands read; for the first process."""
         (self.path / "config.toml").write_text(to_toml(self._config), "utf-8")
         if data.tokenizer is not None:
             data.tokenizer.save(self.path / "tokenizer.json")

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jax.sharding import Mesh
+from jaxtyping import Array, Int32
 from rich.console import Console
 
 from dsjax.config import Config
@@ -18,6 +19,10 @@ from dsjax.data.tokens import Progress, TokenCache, load_tokens
 from dsjax.model.causal_attention import resolve as resolve_attention
 from dsjax.model.flops import parameter_count, peak, training_flops_per_token
 from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
+from dsjax.parallel.agreement import Vote, on_first, require_same
+from dsjax.parallel.exchange import bytes_of_round, route_of
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import place
 from dsjax.runtime import Runtime, runtime_of
 from dsjax.training.ema import HostEma
 from dsjax.training.folder import RunFolder
@@ -70,12 +75,13 @@ def train(
         TrainingFailed: `train.max_bad_steps` steps in a row were not finite.
     """
     console = console or Console(highlight=False, soft_wrap=True)
+    mesh = make_mesh(config.mesh)
     folder = RunFolder(config, fresh=fresh, overwrite=overwrite)
-    data = load_tokens(config.data, config.model.vocab_size, _data_progress(console))
+    data = _load_tokens(config, console)
     runtime = runtime_of(config)
     _announce(console, config, runtime, data)
     with folder:
-        return Run(config, runtime, data, folder, console, loss_and_grads).to_the_end()
+        return Run(config, runtime, mesh, data, folder, console, loss_and_grads).to_the_end()
 
 
 class Run:
@@ -85,67 +91,77 @@ class Run:
         self,
         config: Config,
         runtime: Runtime,
+        mesh: Mesh,
         data: TokenCache,
         folder: RunFolder,
         console: Console,
         loss_and_grads: LossAndGrads | None = None,
     ):
-        self.config, self.data, self.folder, self.console = config, data, folder, console
+        self.config, self.mesh, self.data, self.folder, self.console = config, mesh, data, folder, console
+        self.runtime, self.is_first = runtime, jax.process_index() == 0
         train, end = config.train, data.tokenizer.eos if data.tokenizer else None
         self.schedule = Schedule(config)
         self.batches = Batches(data.train, config.data.sequence_length, train.seed)
-        self.train_step = make_train_step(config, runtime, loss_and_grads, end)
+        self.train_step = make_train_step(config, runtime, mesh, loss_and_grads, end)
         self.validation = Validation(
             data,
-            make_evaluate(config, runtime, end),
+            make_evaluate(config, runtime, mesh, end),
+            mesh,
             sequence_length=config.data.sequence_length,
             batch=train.micro_batch_size or train.batch_size,
             sequences=train.validation_sequences,
         )
-        resumed = folder.resume(data.fingerprint)
-        folder.describe(data)
-        self.state = resumed.state if resumed else first_state(config)
+        resumed = folder.resume(data.fingerprint, mesh)
+        if self.is_first:
+            folder.describe(data)
+        self.state = resumed.state if resumed else first_state(config, mesh)
         self.first = int(self.state.step)
         self.seconds_before = resumed.seconds if resumed else 0.0
         if resumed:
             console.print(f"resumed   from step {self.first} of {train.steps}")
         average = resumed.average if resumed else self.state.params
         self.ema = HostEma(average, train.ema_decay) if train.ema_decay else None
-        self.baselines = self.validation.baselines(config.model.vocab_size, folder.path / "baselines.json")
+        self.baselines: dict[str, float] = {}
+        if self.is_first:
+            self.baselines = self.validation.baselines(config.model.vocab_size, folder.path / "baselines.json")
         console.print("to beat   " + ", ".join(f"{name} {loss:.3f}" for name, loss in self.baselines.items()))
 
     def to_the_end(self) -> Summary:
         """Train until the last step or an interruption; save, draw, and say how it went."""
         steps, path = self.config.train.steps, self.folder.path
         with ExitStack() as stack:
-            metrics_file = stack.enter_context(closing(MetricsFile(path / "metrics.jsonl", self.first)))
             names = moe_layer_names(self.config.model)
-            board = stack.enter_context(closing(TensorBoard(path / "tensorboard", self.first, names)))
-            val_loss = next((r["val_loss"] for r in reversed(metrics_file.kept) if "val_loss" in r), None)
+            sinks, val_loss = [], None
+            if self.is_first:
+                metrics_file = stack.enter_context(closing(MetricsFile(path / "metrics.jsonl", self.first)))
+                board = stack.enter_context(closing(TensorBoard(path / "tensorboard", self.first, names)))
+                sinks = [metrics_file, board]
+                val_loss = next((r["val_loss"] for r in reversed(metrics_file.kept) if "val_loss" in r), None)
             interrupts = stack.enter_context(Interrupts(self._acknowledge))
+            stop = Vote(self.mesh)
             display = stack.enter_context(
                 ProgressDisplay(self.console, first_step=self.first, last_step=steps, val_loss=val_loss)
             )
-            recorder = self._recorder([metrics_file, board], display)
+            recorder = self._recorder(sinks, display)
             done = self.first
             for step, tokens in self._prefetched():
                 self._step(step, tokens, recorder)
                 done = step + 1
-                last = done == steps or interrupts.requested
+                last = stop(interrupts.requested) or done == steps
                 if done == steps or done % self.config.train.validate_every == 0:
                     display.doing("validating")
                     self._validate(recorder)
                 if last or done % self.config.checkpoint.every == 0:
                     display.doing("saving")
-                    self._save(recorder, metrics_file)
+                    self._save(recorder)
                 if last:
                     break
             self.folder.checkpoints.wait()
         return self._conclude(done, names)
 
-    def _step(self, step: int, tokens: Int32[np.ndarray, "A B S1"], recorder: Recorder) -> None:
+    def _step(self, step: int, tokens: Int32[Array, "A B S1"], recorder: Recorder) -> None:
         knobs = Knobs(self.schedule.learning_rate(step), self.schedule.mtp_weight(step), self.schedule.bias_speed(step))
-        self.state, metrics = self.train_step(self.state, jnp.asarray(tokens), knobs)
+        self.state, metrics = self.train_step(self.state, tokens, knobs)
         if self.ema:
             self.ema.update(self.state.params, metrics["finite"])
         batch, length = tokens.shape[0] * tokens.shape[1], self.config.data.sequence_length
@@ -157,6 +173,7 @@ class Run:
                 step_tokens=batch * length,
                 epoch=read / len(self.batches),
                 batch_size=batch,
+                micro_batches=tokens.shape[0],
                 **knobs._asdict(),
             ),
             metrics,
@@ -174,7 +191,7 @@ class Run:
                 f"{', '.join(map(str, self.folder.checkpoints.steps())) or 'none'}"
             )
 
-    def _prefetched(self) -> Iterator[tuple[int, Int32[np.ndarray, "A B S1"]]]:
+    def _prefetched(self) -> Iterator[tuple[int, Int32[Array, "A B S1"]]]:
         """Yield every step that is left with its tokens, which a thread reads while the step before is computed."""
         steps = range(self.first, self.config.train.steps)
         with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
@@ -185,38 +202,50 @@ class Run:
                     coming = thread.submit(self._tokens, step + 1)
                 yield step, tokens
 
-    def _tokens(self, step: int) -> Int32[np.ndarray, "A B S1"]:
-        batch = self.schedule.batch_size(step)
+    def _tokens(self, step: int) -> Int32[Array, "A B S1"]:
+        """Return a step's sequences on the devices; this process reads those of its own devices."""
+        batch, first_of_step = self.schedule.batch_size(step), self.schedule.first_sequence(step)
         micro_batch = self.config.train.micro_batch_size or batch
-        rows = self.batches.rows(self.schedule.first_sequence(step), batch)
-        return rows.reshape(batch // micro_batch, micro_batch, -1)
+        shape = batch // micro_batch, micro_batch, self.config.data.sequence_length + 1
+
+        def rows(first: int, count: int) -> Int32[np.ndarray, "A b S1"]:
+            starts = range(first_of_step + first, first_of_step + batch, micro_batch)
+            return np.stack([self.batches.rows(start, count) for start in starts])
+
+        return place(rows, shape, 1, self.mesh)
 
     def _validate(self, recorder: Recorder) -> None:
         with recorder.pause():
             live = self.validation(self.state.params, self.state.biases)
             values = {"val_loss": live["loss"], "val_loss_mtp": live["loss_mtp"]}
             if self.ema:
-                average = jax.device_put(self.ema.value())
-                values["val_loss_ema"] = self.validation(average, self.state.biases)["loss"]
+                values["val_loss_ema"] = self.validation(self.ema.value(), self.state.biases)["loss"]
             recorder.validation(values)
 
-    def _save(self, recorder: Recorder, metrics_file: MetricsFile) -> None:
+    def _save(self, recorder: Recorder) -> None:
         recorder.flush()
         self._require_numbers(recorder)
-        metrics_file.sync()
+        recorder.sync()
         with recorder.pause():
             average = self.ema.value() if self.ema else None
             self.folder.save(self.state, average, self.data.fingerprint, recorder.latest["seconds"])
 
     def _recorder(self, sinks: list, display: ProgressDisplay) -> Recorder:
-        model, device = self.config.model, jax.local_devices()[0]
+        model, mesh, device = self.config.model, self.config.mesh, jax.local_devices()[0]
+        micro_batch = self.config.train.micro_batch_size or self.config.train.batch_size
         return Recorder(
             sinks,
             every=self.config.train.log_every,
             last_step=self.config.train.steps,
             main_layers=model.num_hidden_layers - model.first_k_dense_replace,
             flops_per_token=training_flops_per_token(model, self.config.data.sequence_length),
-            peak_flops=peak(device)[0],
+            peak_flops=peak(device)[0] and peak(device)[0] * mesh.devices,
+            expert_shards=mesh.expert_shards,
+            round_bytes=bytes_of_round(
+                route_of(self.config, micro_batch * self.config.data.sequence_length // mesh.batch_shards),
+                model,
+                jnp.dtype(self.runtime.compute_dtype).itemsize,
+            ),
             on_record=display.update,
             seconds=self.seconds_before,
             skipped=int(self.state.skipped),
@@ -229,7 +258,7 @@ class Run:
     def _conclude(self, done: int, names: list[str]) -> Summary:
         path, steps = self.folder.path, self.config.train.steps
         records = read_metrics(path / "metrics.jsonl")
-        if records:
+        if records and self.is_first:
             draw_pictures(path / "pictures", records, self.baselines, names)
         val_loss = next((record["val_loss"] for record in reversed(records) if "val_loss" in record), None)
         if done < steps:
@@ -263,6 +292,19 @@ def _announce(console: Console, config: Config, runtime: Runtime, data: TokenCac
         f"{quantity(len(data.validation))} tokens held out"
     )
     console.print(f"run       {config.run}, {config.train.steps} steps")
+
+
+def _load_tokens(config: Config, console: Console) -> TokenCache:
+    """Return the tokens; where several processes share a cache, the first has made them when the others look."""
+
+    def load() -> TokenCache:
+        return load_tokens(config.data, config.model.vocab_size, _data_progress(console))
+
+    if jax.process_count() > 1:
+        on_first(load)
+    data = load()
+    require_same(data.fingerprint, "tokens of the training data")
+    return data
 
 
 def _data_progress(console: Console) -> Progress:

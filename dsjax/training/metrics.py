@@ -10,8 +10,12 @@ clipping), `learning_rate`, `mtp_weight`, `bias_speed`, `batch_size` (sequences)
 the run), `epoch`, `tokens_per_s` and `mfu` (since the line before, without validation, saving and the first
 compilation; null if that leaves nothing), `expert_load_max_over_mean` (of the worst layer: 1 is perfect balance),
 `expert_load_max_over_mean_per_layer`, `expert_load_over_mean_last_layer` (one number per expert of the last main
-layer), `skipped_steps` (since the beginning of the run), `seconds` (spent in the run so far); on validated steps
-`val_loss`, `val_loss_mtp`, and with a moving average `val_loss_ema`. A number that is not finite is written as null.
+layer), `device_load_max_over_mean` (the same of the experts of a device together), `exchange_rounds` (of the expert
+exchange, in the layer with most, mean over micro-batches: 1 where the buffers held every token), `node_bytes` and
+`local_bytes` (sent by a device in the step's exchanges, to other nodes and to other devices of its node, as padded
+transport does), `skipped_steps` (since the beginning of the run), `seconds` (spent in the run so far); on validated
+steps `val_loss`, `val_loss_mtp`, and with a moving average `val_loss_ema`. A number that is not finite is written as
+null.
 """
 
 import contextlib
@@ -36,7 +40,8 @@ type Record = dict[str, int | float | list[float] | None]
 RECORD_KEYS = (
     *("step", "loss", "loss_mtp", "loss_balance", "grad_norm", "learning_rate", "mtp_weight", "bias_speed"),
     *("batch_size", "tokens", "epoch", "tokens_per_s", "mfu", "expert_load_max_over_mean"),
-    *("expert_load_max_over_mean_per_layer", "expert_load_over_mean_last_layer", "skipped_steps", "seconds"),
+    *("expert_load_max_over_mean_per_layer", "expert_load_over_mean_last_layer", "device_load_max_over_mean"),
+    *("exchange_rounds", "node_bytes", "local_bytes", "skipped_steps", "seconds"),
 )
 
 
@@ -45,6 +50,9 @@ class Sink(Protocol):
 
     def write(self, record: Record) -> None:
         """Takes one record, in the order of the steps."""
+
+    def sync(self) -> None:
+        """Returns when everything written is on the disk."""
 
     def close(self) -> None:
         """Makes sure that everything written is kept."""
@@ -123,6 +131,9 @@ class TensorBoard:
             self._writer.add_scalar(f"expert_load/{layer}", value, step)
         self._writer.flush()
 
+    def sync(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -147,6 +158,8 @@ class StepFacts:
     """Passes over the training tokens, with this step."""
     batch_size: int
     """Sequences in this step."""
+    micro_batches: int
+    """Parts in which they are computed, one after another."""
     learning_rate: float
     mtp_weight: float
     bias_speed: float
@@ -167,7 +180,8 @@ class Recorder:
 
     sinks: where logged records go. every: steps between logged records; validated, skipped and last steps are logged
     too. on_record: called with every record (the progress bar). flops_per_token, peak_flops: of the model, and of all
-    devices together, for MFU. main_layers: how many of the rows of `loads` are main layers.
+    devices together, for MFU. main_layers: how many of the rows of `loads` are main layers. expert_shards: devices over
+    which experts are divided. round_bytes: of an exchange round, see `parallel.exchange.bytes_of_round`.
     seconds, skipped, skipped_in_a_row: where the run stood when it was saved.
     """
 
@@ -180,6 +194,8 @@ class Recorder:
         main_layers: int,
         flops_per_token: float,
         peak_flops: float | None,
+        expert_shards: int = 1,
+        round_bytes: tuple[int, int] = (0, 0),
         on_record=lambda record: None,
         seconds: float = 0.0,
         skipped: int = 0,
@@ -192,6 +208,7 @@ class Recorder:
         """Time that the first step of this process took, compilation included."""
         self._sinks, self._every, self._last_step, self._main_layers = sinks, every, last_step, main_layers
         self._flops_per_token, self._peak_flops, self._on_record = flops_per_token, peak_flops, on_record
+        self._expert_shards, self._round_bytes = expert_shards, round_bytes
         self._pending: _Pending | None = None
         self._began = time.perf_counter() - seconds
         self._mark = time.perf_counter()
@@ -201,6 +218,11 @@ class Recorder:
         """Takes a step that has been started, and finishes the record of the one before."""
         self.flush()
         self._pending = _Pending(facts, metrics)
+
+    def sync(self) -> None:
+        """Returns when everything written is kept."""
+        for sink in self._sinks:
+            sink.sync()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -253,7 +275,10 @@ class Recorder:
 
     def _record(self, facts: StepFacts, numbers: Mapping[str, np.ndarray]) -> Record:
         rate = self._tokens / self._seconds if self._seconds else None
-        loads = load_over_mean(numbers.get("loads", np.zeros((0, 1))))  # a model of dense layers routes nothing
+        counts = numbers.get("loads", np.zeros((0, self._expert_shards)))  # a model of dense layers routes nothing
+        loads = load_over_mean(counts)
+        devices = load_over_mean(counts.reshape(len(counts), self._expert_shards, -1).sum(axis=2))
+        rounds = np.asarray(numbers.get("rounds", np.zeros(0)))
         return {
             "step": facts.step,
             **{key: float(numbers.get(key, 0.0)) for key in ("loss", "loss_mtp", "loss_balance", "grad_norm")},
@@ -268,6 +293,12 @@ class Recorder:
             "expert_load_max_over_mean": float(loads.max(initial=0.0)),
             "expert_load_max_over_mean_per_layer": _rounded(loads.max(axis=1, initial=0.0)),
             "expert_load_over_mean_last_layer": _rounded(loads[self._main_layers - 1]) if self._main_layers else [],
+            "device_load_max_over_mean": float(devices.max(initial=0.0)),
+            "exchange_rounds": float(rounds.max(initial=0.0)) / facts.micro_batches,
+            **{
+                name: int(rounds.sum()) * size
+                for name, size in zip(("node_bytes", "local_bytes"), self._round_bytes, strict=True)
+            },
             "skipped_steps": self.skipped,
             "seconds": round(time.perf_counter() - self._began, 3),
         }

@@ -1,30 +1,36 @@
 """Where a run begins: with drawn weights, or with given ones."""
 
+import functools
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.checkpoint.forms import open_checkpoint
 from dsjax.checkpoint.huggingface import load
 from dsjax.checkpoint.native import differing_fields
 from dsjax.config import Config
 from dsjax.model.layout import stack
+from dsjax.model.transformer import abstract_parameters
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import shardings
 from dsjax.settings import to_dict
-from dsjax.training.state import TrainState, initial_state, state_of_weights
+from dsjax.training.state import TrainState, initial_state, state_of_weights, state_shardings
 
 MAY_DIFFER = {"name", "initializer_range", "embedding_initializer_range", "rope_scaling", "num_nextn_predict_layers"}
 """Settings of a model that weights need not share with the run: a context extension, for one, turns YaRN on."""
 
 
-def first_state(config: Config) -> TrainState:
-    """Return the state before the first step.
+def first_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """Return the state before the first step, divided over a mesh; nothing is ever whole on one device.
 
     Raises:
         ValueError: `train.initial_weights` cannot be read, or are another model's.
     """
-    path = config.train.initial_weights
+    mesh, path = mesh or make_mesh(config.mesh), config.train.initial_weights
     if not path:
-        return initial_state(config)
+        return initial_state(config, mesh)
     source = open_checkpoint(Path(path), mtp=bool(config.model.num_nextn_predict_layers))
     try:
         lines = [
@@ -37,7 +43,12 @@ def first_state(config: Config) -> TrainState:
             lines.append(f"model.num_nextn_predict_layers: {modules[1]} in the weights, {modules[0]} now")
         if lines:
             raise ValueError(f"train.initial_weights = {path!r}: another model's; {'; '.join(lines)}")
-        weights = load(source, dtype=np.float32)
+        params, biases = abstract_parameters(source.config)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        where = {"params": shardings(params, mesh), "biases": jax.tree.map(lambda leaf: everywhere, biases)}
+        weights = load(source, where, np.float32)
     finally:
         source.close()
-    return state_of_weights(stack(weights.params, config.model), stack(weights.biases, config.model), config)
+    params, biases = stack(weights.params, config.model), stack(weights.biases, config.model)
+    begin = functools.partial(state_of_weights, config=config)
+    return jax.jit(begin, out_shardings=state_shardings(jax.eval_shape(begin, params, biases), mesh))(params, biases)

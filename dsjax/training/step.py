@@ -6,14 +6,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dsjax.config import Config
+from dsjax.model.layers import cast_weights
+from dsjax.model.moe import MoEAux
 from dsjax.model.router import updated_bias
 from dsjax.model.transformer import Losses, losses
+from dsjax.parallel.exchange import exchange_of
+from dsjax.parallel.mesh import BATCH_AXES, make_mesh
+from dsjax.parallel.sharding import batch_spec, gather, partitions, reduce_scatter, specs
 from dsjax.runtime import Runtime, full_precision
 from dsjax.training import optimizer
-from dsjax.training.state import TrainState
+from dsjax.training.state import TrainState, state_shardings
 
 
 class Knobs(NamedTuple):
@@ -26,7 +32,7 @@ class Knobs(NamedTuple):
 
 LossAndGrads = Callable[[PyTree, PyTree, Int[Array, "A B S1"], Float[Array, ""]], tuple[Losses, PyTree]]
 """`(params, biases, micro_batches, mtp_weight) -> (losses, gradients)`: losses averaged over the step's micro-batches,
-loads added up, gradients float32."""
+loads and rounds added up, gradients float32 and divided over the mesh as the parameters are."""
 
 TrainStep = Callable[[TrainState, Int[Array, "A B S1"], Knobs], tuple[TrainState, dict[str, Array]]]
 
@@ -46,16 +52,23 @@ def _segments(config: Config, tokens: Array, end_of_document: int | None) -> Arr
     return segment_ids(tokens[:, :-1], end_of_document)
 
 
-def accumulated_loss_and_grads(config: Config, runtime: Runtime, end_of_document: int | None = None) -> LossAndGrads:
-    """Return the loss and gradients of a step on one device: micro-batches one after another, added in float32.
+def accumulated_loss_and_grads(
+    config: Config, runtime: Runtime, mesh: Mesh | None = None, end_of_document: int | None = None
+) -> LossAndGrads:
+    """Return the loss and gradients of a step on a mesh: micro-batches one after another, added in float32.
+
+    Each device gathers the weights once, works on its own sequences, and reduces its gradients once, at the end.
+    Parameters and gradients are divided as `parallel.sharding` has it, the rows of a micro-batch over the mesh.
 
     Args:
+        mesh: by default one of `config.mesh` and the first devices.
         end_of_document: the token that ends a document, needed where `data.document_mask` is set.
     """
+    mesh, runtime = mesh or make_mesh(config.mesh), on_mesh(runtime, config)
 
-    def objective(params: PyTree, biases: PyTree, tokens: Array, mtp_weight: Array) -> tuple[Array, Losses]:
+    def objective(weights: PyTree, biases: PyTree, tokens: Array, mtp_weight: Array) -> tuple[Array, Losses]:
         parts = losses(
-            params,
+            weights,
             biases,
             tokens,
             config=config.model,
@@ -68,50 +81,86 @@ def accumulated_loss_and_grads(config: Config, runtime: Runtime, end_of_document
     grad = jax.grad(objective, has_aux=True)
 
     def loss_and_grads(params: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
-        def one(tokens: Array) -> tuple[PyTree, Losses]:
-            return grad(params, biases, tokens, mtp_weight)
+        divided = partitions(params, mesh)
 
-        count = micro_batches.shape[0]
-        if count == 1:
-            grads, parts = one(micro_batches[0])
-            return parts, grads
+        def on_device(parts: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
+            weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
 
-        def body(total: tuple[PyTree, Losses], tokens: Array) -> tuple[tuple[PyTree, Losses], None]:
-            return jax.tree.map(jnp.add, total, one(tokens)), None
+            def one(tokens: Array) -> tuple[PyTree, Losses]:
+                grads, parts = grad(weights, biases, tokens, mtp_weight)
+                return jax.tree.map(lambda g: g.astype(jnp.float32), grads), parts
 
-        shapes = jax.eval_shape(one, micro_batches[0])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, parts), _ = jax.lax.scan(body, zeros, micro_batches)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        return _mean_losses(parts, count), grads
+            grads, losses = _summed(one, micro_batches)
+            # A device's objective is the mean of its own sequences, the step's is the mean of all of them.
+            scale = 1 / (micro_batches.shape[0] * config.mesh.batch_shards)
+            grads = jax.tree.map(lambda g: g * scale, reduce_scatter(grads, divided))
+            return jax.tree.map(lambda leaf: leaf[None], losses), grads
+
+        divided_specs = specs(params, mesh)
+        losses, grads = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(divided_specs, PartitionSpec(), batch_spec(3, axis=1), PartitionSpec()),
+            out_specs=(PartitionSpec(BATCH_AXES), divided_specs),
+            check_vma=False,
+        )(params, biases, micro_batches, mtp_weight)
+        return _over_devices(losses, micro_batches.shape[0]), grads
 
     return loss_and_grads
 
 
-def _mean_losses(total: Losses, count: int) -> Losses:
-    """Divide summed losses by the number of micro-batches; loads stay sums."""
-    aux = total.aux
+def on_mesh(runtime: Runtime, config: Config) -> Runtime:
+    """Return the runtime with the expert exchange that the run's mesh needs, unless it has one."""
+    return replace(runtime, exchange=runtime.exchange or exchange_of(config))
+
+
+def _summed(one: Callable[[Array], PyTree], micro_batches: Array) -> PyTree:
+    """Return the sum of `one` over micro-batches, which run one after another."""
+    if micro_batches.shape[0] == 1:
+        return one(micro_batches[0])
+
+    def body(total: PyTree, tokens: Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, one(tokens)), None
+
+    shapes = jax.eval_shape(one, micro_batches[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(body, zeros, micro_batches)[0]
+
+
+def _over_devices(losses: Losses, count: int) -> Losses:
+    """Return the losses of a step from each device's, [devices, ...], summed over its `count` micro-batches.
+
+    Outside of `shard_map`, where a sum is over all devices and nothing else: the routers' biases must move by the same
+    counts everywhere.
+    """
+    aux = losses.aux
     if aux is not None:
-        aux = aux._replace(balance_loss=aux.balance_loss / count)
-    return Losses(total.main / count, total.mtp / count, aux)
+        balance_loss = aux.balance_loss.mean(axis=0) / count
+        aux = MoEAux(aux.loads.sum(axis=0), balance_loss, aux.rounds.max(axis=0))
+    return Losses(losses.main.mean() / count, losses.mtp.mean() / count, aux)
 
 
 def make_train_step(
     config: Config,
     runtime: Runtime,
+    mesh: Mesh | None = None,
     loss_and_grads: LossAndGrads | None = None,
     end_of_document: int | None = None,
 ) -> TrainStep:
     """Return the compiled `(state, micro_batches, knobs) -> (state, metrics)`; it takes over the state's memory.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters. Metrics are float32 scalars
-    `loss`, `loss_mtp`, `loss_balance` (before its weight, mean over layers), `grad_norm`, the boolean `finite`, and
-    `loads`, int32[MoE layers + MTP modules, E].
+    `loss`, `loss_mtp`, `loss_balance` (before its weight, mean over layers), `grad_norm`, the boolean `finite`, and of
+    the MoE layers and MTP modules `loads`, int32[layers, E], and `rounds`, int32[layers], of all micro-batches.
 
     Args:
+        mesh: by default one of `config.mesh` and the first devices.
         loss_and_grads: how gradients are made; by default `accumulated_loss_and_grads`.
     """
-    loss_and_grads = loss_and_grads or accumulated_loss_and_grads(config, runtime, end_of_document)
+    mesh = mesh or make_mesh(config.mesh)
+    loss_and_grads = loss_and_grads or accumulated_loss_and_grads(config, runtime, mesh, end_of_document)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     @full_precision()
     def step(state: TrainState, micro_batches: Array, knobs: Knobs) -> tuple[TrainState, dict[str, Array]]:
@@ -123,7 +172,8 @@ def make_train_step(
         finite = jnp.isfinite(parts.main) & jnp.isfinite(parts.mtp) & jnp.isfinite(norm)
         moved = replace(state, params=params, biases=biases, moments=moments)
         state = _unless_finite(finite, moved, state)
-        return state, _metrics(parts, norm, finite)
+        state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+        return state, jax.lax.with_sharding_constraint(_metrics(parts, norm, finite), everywhere)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -152,20 +202,34 @@ def _unless_finite(finite: Bool[Array, ""], moved: TrainState, state: TrainState
 def _metrics(parts: Losses, norm: Array, finite: Array) -> dict[str, Array]:
     metrics = {"loss": parts.main, "loss_mtp": parts.mtp, "grad_norm": norm, "finite": finite}
     if parts.aux is not None:
-        metrics |= {"loss_balance": parts.aux.balance_loss.mean(), "loads": parts.aux.loads}
+        metrics |= {"loss_balance": parts.aux.balance_loss.mean(), "loads": parts.aux.loads, "rounds": parts.aux.rounds}
     return metrics
 
 
 def make_evaluate(
-    config: Config, runtime: Runtime, end_of_document: int | None = None
+    config: Config, runtime: Runtime, mesh: Mesh | None = None, end_of_document: int | None = None
 ) -> Callable[[PyTree, PyTree, Int[Array, "B S1"]], dict[str, Float[Array, ""]]]:
     """Return the compiled `(params, biases, tokens) -> {"loss", "loss_mtp"}`, means over the batch, in nats."""
+    mesh, runtime = mesh or make_mesh(config.mesh), on_mesh(runtime, config)
 
     @jax.jit
     @full_precision()
     def evaluate(params: PyTree, biases: PyTree, tokens: Array) -> dict[str, Array]:
-        segments = _segments(config, tokens, end_of_document)
-        parts = losses(params, biases, tokens, config=config.model, runtime=runtime, segments=segments)
-        return {"loss": parts.main, "loss_mtp": parts.mtp}
+        divided = partitions(params, mesh)
+
+        def on_device(parts: PyTree, biases: PyTree, tokens: Array) -> dict[str, Array]:
+            weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
+            segments = _segments(config, tokens, end_of_document)
+            found = losses(weights, biases, tokens, config=config.model, runtime=runtime, segments=segments)
+            return {"loss": found.main[None], "loss_mtp": found.mtp[None]}
+
+        found = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs(params, mesh), PartitionSpec(), batch_spec(2, axis=0)),
+            out_specs=PartitionSpec(BATCH_AXES),
+            check_vma=False,
+        )(params, biases, tokens)
+        return jax.tree.map(jnp.mean, found)
 
     return evaluate

@@ -2,16 +2,19 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int32, PyTree
 
 from dsjax.data.batches import Windows
 from dsjax.data.ngram import baselines
 from dsjax.data.tokens import TokenCache
+from dsjax.parallel.mesh import BATCH_AXES
+from dsjax.parallel.sharding import place
 
 Evaluate = Callable[[PyTree, PyTree, Int32[Array, "B S1"]], dict[str, Array]]
 
@@ -19,19 +22,31 @@ Evaluate = Callable[[PyTree, PyTree, Int32[Array, "B S1"]], dict[str, Array]]
 class Validation:
     """Validates on the same held-out windows every time, in whole batches."""
 
-    def __init__(self, data: TokenCache, evaluate: Evaluate, *, sequence_length: int, batch: int, sequences: int):
+    def __init__(
+        self, data: TokenCache, evaluate: Evaluate, mesh: Mesh, *, sequence_length: int, batch: int, sequences: int
+    ):
         """Choose the windows.
 
         Args:
             evaluate: means of a batch's losses, see `training.step`.
-            batch: windows at a time.
+            mesh: over which batches are divided.
+            batch: windows at a time; as many for every device.
             sequences: windows in all, evenly spread over the held-out documents because neighbours resemble each
                 other, and as many as fill batches; 0 for all there are.
+
+        Raises:
+            ValueError: there are fewer windows than devices.
         """
-        self._evaluate, self._data = evaluate, data
+        self._evaluate, self._data, self._mesh = evaluate, data, mesh
         windows = Windows(data.validation, sequence_length)
         count = min(sequences or len(windows), len(windows))
-        self._batch = min(batch, count)
+        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        self._batch = min(batch, count // shards * shards)
+        if not self._batch:
+            raise ValueError(
+                f"data.validation_fraction: {len(windows)} windows of {sequence_length} tokens are held out, and "
+                f"train.validation_sequences = {sequences}; {shards} devices need one each"
+            )
         count -= count % self._batch
         spread = np.arange(count) * len(windows) // count
         self.rows = np.concatenate([windows.rows(int(at), 1) for at in spread])
@@ -40,10 +55,13 @@ class Validation:
     def __call__(self, params: PyTree, biases: PyTree) -> dict[str, float]:
         """Return `loss` and `loss_mtp` of stacked weights, nats per token."""
         parts = [
-            self._evaluate(params, biases, jnp.asarray(self.rows[at : at + self._batch]))
+            self._evaluate(params, biases, self._placed(self.rows[at : at + self._batch]))
             for at in range(0, len(self.rows), self._batch)
         ]
         return {key: float(np.mean([part[key] for part in parts])) for key in ("loss", "loss_mtp")}
+
+    def _placed(self, rows: Int32[np.ndarray, "B S1"]) -> Int32[Array, "B S1"]:
+        return place(lambda first, count: rows[first : first + count], rows.shape, 0, self._mesh)
 
     def baselines(self, vocab_size: int, cache: Path) -> dict[str, float]:
         """Return the loss of interpolated Kneser-Ney bigrams and trigrams on the same predictions, nats per token.

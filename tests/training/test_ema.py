@@ -19,13 +19,13 @@ def test_average_of_donated_weights(start, train_step, tokens):
     for _ in range(8):
         state, _ = train_step(state, tokens[None], Knobs(1e-2, 0.3, 1e-3))
         # A copy of our own, made before the average may see the weights.
-        kept = jax.tree.map(np.array, state.params)
+        kept = jax.tree.map(jnp.copy, state.params)
         ema.update(state.params)
         want = jax.tree.map(lambda average, w: DECAY * average + (1 - DECAY) * np.float64(w), want, kept)
     got = ema.value()
     assert jax.tree.structure(got) == jax.tree.structure(state.params)
     for a, b, last in zip(*map(jax.tree.leaves, (got, want, kept)), strict=True):
-        assert isinstance(a, np.ndarray) and a.dtype == np.float32
+        assert a.dtype == np.float32 and a.sharding.is_equivalent_to(last.sharding, a.ndim)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         assert np.abs(a - last).max() > 1e-4, "an average of weights that do not move shows nothing"
 
@@ -52,10 +52,10 @@ def test_resumes_to_the_bit():
 
 def test_values_are_copies():
     """Neither what the average began with nor what it returned follows it."""
-    first = jax.tree.map(np.array, weights(0))
+    first = weights(0)
     ema = HostEma(first, DECAY)
     value = ema.value()
-    kept = jax.tree.map(np.copy, value)
+    kept = jax.tree.map(np.array, value)
     ema.update(weights(1))
     ema.update(weights(2))
     after = ema.value()

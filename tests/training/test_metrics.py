@@ -32,8 +32,8 @@ def numbers(loss=2.0, finite=True):
 
 def facts(step):
     return StepFacts(
-        step=step, tokens=step * 8, step_tokens=8, epoch=0.1, batch_size=2, learning_rate=1e-3, mtp_weight=0.3,
-        bias_speed=1e-3,
+        step=step, tokens=step * 8, step_tokens=8, epoch=0.1, batch_size=2, micro_batches=1, learning_rate=1e-3,
+        mtp_weight=0.3, bias_speed=1e-3,
     )  # fmt: skip
 
 

@@ -19,8 +19,11 @@ def test_canonical_form_and_back(start, small_run):
 
 
 def test_abstract_state_is_that_of_the_real_one(start, small_run):
-    canonical = to_canonical(start(), small_run.model)
-    assert abstract_state(small_run) == jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), canonical)
+    def check(abstract, real):
+        assert (abstract.shape, abstract.dtype) == (real.shape, real.dtype)
+        assert abstract.sharding.is_equivalent_to(real.sharding, real.ndim)
+
+    jax.tree.map(check, abstract_state(small_run), to_canonical(start(), small_run.model))
 
 
 def test_seed_makes_the_state(start, small_run):

@@ -1,0 +1,72 @@
+"""What the processes of a run must do once, or alike. With a single process everything here is immediate."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsjax.parallel.mesh import AXES
+
+_LONGEST_MESSAGE = 4096
+
+
+def on_first(act: Callable[[], None]) -> None:
+    """Run `act` on process 0 while the others wait; if it raises ValueError there, all do."""
+    if jax.process_count() == 1:
+        act()
+        return
+    message = ""
+    if jax.process_index() == 0:
+        try:
+            act()
+        except ValueError as error:
+            message = str(error) or "no reason given"
+    text = np.zeros(_LONGEST_MESSAGE, np.uint8)
+    encoded = message.encode()[:_LONGEST_MESSAGE]
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    message = bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode(errors="ignore")
+    if message:
+        raise ValueError(message)
+
+
+def require_same(value: str, what: str) -> None:
+    """Raise ValueError on every process if `value` is not the same on all.
+
+    Args:
+        what: it is, for the message.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.zeros(_LONGEST_MESSAGE, np.uint8)
+    encoded = value.encode()
+    own[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    differing = (multihost_utils.process_allgather(own) != multihost_utils.broadcast_one_to_all(own)).any(axis=1)
+    if differing.any():
+        who = ", ".join(map(str, np.flatnonzero(differing)))
+        raise ValueError(f"{what}: not the same in process {who} as in process 0")
+
+
+class Vote:
+    """Whether any process wants something, known to all after the same step.
+
+    A vote is counted on the devices, between two steps, and read when the next one is cast: nobody waits for it.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        self._one_each = NamedSharding(mesh, PartitionSpec(AXES))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._before: jax.Array | None = None
+
+    def __call__(self, wanted: bool) -> bool:
+        """Cast a vote and return the result: of this one in a single process, else of the one before."""
+        if jax.process_count() == 1:
+            return wanted
+        result = self._before is not None and bool(self._before)
+        votes = jax.make_array_from_callback(
+            (self._one_each.num_devices,), self._one_each, lambda index: np.full(1, wanted)
+        )
+        self._before = self._any(votes)
+        return result

@@ -1,0 +1,78 @@
+"""All-to-all along one axis of the mesh, in three ways that give the same result.
+
+Every device holds a buffer [n, C, ...]: C slots for each of the n devices of the axis, the first `sent[i]` of which go
+to device i. It gets as many of each, again n times C slots, and zeros where nothing was sent. A move is its own
+transpose, with `sent` and `received` exchanged.
+"""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+from dsjax.config import Transport
+
+
+def resolve(transport: Transport, platform: str) -> str:
+    """Return the name of what `transport` is on a platform: CPUs have no `ragged_all_to_all`, and emulate it.
+
+    Raises:
+        ValueError: no such transport.
+    """
+    if transport not in get_args(Transport):
+        raise ValueError(f"no transport {transport!r}; there are {', '.join(get_args(Transport))}")
+    return "ragged, emulated" if transport == "ragged" and platform == "cpu" else transport
+
+
+def move(
+    buffer: Array, sent: Int32[Array, " n"], received: Int32[Array, " n"], *, axis: str, transport: Transport
+) -> Array:
+    """Return what all devices of the axis sent here, by sender; slots that are not in use hold zeros.
+
+    Args:
+        buffer: [n, C, ...], by receiver. Unused slots must hold zeros.
+        sent: slots in use, by receiver.
+        received: the same at the other end: slots in use, by sender.
+        axis: of the mesh.
+    """
+    if lax.axis_size(axis) == 1:
+        return buffer
+    if jnp.issubdtype(buffer.dtype, jnp.floating):
+        # Numbers travel as bits: XLA would send BF16 as float32 where a platform has no BF16 sums, as CPUs.
+        bits = lax.bitcast_convert_type(buffer, jnp.dtype(f"uint{8 * buffer.dtype.itemsize}"))
+        moved = move(bits, sent, received, axis=axis, transport=transport)
+        return lax.bitcast_convert_type(moved, buffer.dtype)
+    match resolve(transport, jax.default_backend()):
+        case "padded":
+            return lax.all_to_all(buffer, axis, 0, 0, tiled=True)
+        case "gather":
+            return lax.all_gather(buffer, axis)[:, lax.axis_index(axis)]
+        case "ragged":
+            return _ragged(lax.ragged_all_to_all, buffer, sent, received, axis)
+        case "ragged, emulated":
+            return _ragged(_emulated_ragged_all_to_all, buffer, sent, received, axis)
+
+
+def _ragged(primitive, buffer: Array, sent: Array, received: Array, axis: str) -> Array:
+    n, capacity = buffer.shape[:2]
+    rows = buffer.reshape(n * capacity, *buffer.shape[2:])
+    first_rows = jnp.arange(n, dtype=jnp.int32) * capacity
+    at_receiver = jnp.full(n, lax.axis_index(axis) * capacity, jnp.int32)
+    result = primitive(rows, jnp.zeros_like(rows), first_rows, sent, at_receiver, received, axis_name=axis)
+    return result.reshape(buffer.shape)
+
+
+def _emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What `lax.ragged_all_to_all` does, read off everybody's operands and offsets."""
+    me = lax.axis_index(axis_name)
+    operands = lax.all_gather(operand, axis_name)
+    starts, sizes, targets = (lax.all_gather(a, axis_name)[:, me] for a in (input_offsets, send_sizes, output_offsets))
+    row = jnp.arange(output.shape[0])[None, :]
+    # The primitive wants both ends to agree; taking the smaller count makes a disagreement show.
+    from_sender = (row >= targets[:, None]) & (row < (targets + jnp.minimum(sizes, recv_sizes))[:, None])
+    sender = jnp.argmax(from_sender, axis=0)
+    source = jnp.clip(starts[sender] + row[0] - targets[sender], 0, operand.shape[0] - 1)
+    found = from_sender.any(axis=0).reshape(-1, *[1] * (operand.ndim - 1))
+    return jnp.where(found, operands[sender, source], output)
