@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsjax.host_memory import keep_freed_memory
+from dsjax.parallel.hosts import simulate_devices
 from dsjax.settings import load_run, one_line_errors
 
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{given} is no benchmark: must be 'train' and a run, such as configs/tiny.toml")
         config, options = load_run(argv[1:], Train, "bench train")
         keep_freed_memory()
+        simulate_devices(config.mesh.devices)
         # Behind the settings, so that --help and mistakes are answered at once.
         from dsjax.benchmarks.train_step import measure
 

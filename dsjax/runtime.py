@@ -5,7 +5,8 @@ same model file therefore reads the same on one device and on 2,048.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +73,24 @@ def runtime_of(config: Config) -> Runtime:
     )
 
 
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+def target_platform() -> str:
+    """Return what programs are made for: "cpu", "gpu" or "tpu"; by default this process' own backend."""
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def made_for(platform: str) -> Iterator[None]:
+    """Inside, programs are traced for another platform than this process runs on."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def full_precision() -> contextlib.AbstractContextManager:
     """Inside, products of float32 are made of float32: by default NVIDIA's and Google's chips round their inputs.
 
@@ -80,8 +99,8 @@ def full_precision() -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest")
 
 
-def compute_dtype(precision: Precision, platform: str | None = None) -> DTypeLike:
+def compute_dtype(precision: Precision) -> DTypeLike:
     """Return the format of matrix products; `auto` is float32 on a CPU and bfloat16 elsewhere."""
     if precision == "auto":
-        precision = "fp32" if (platform or jax.default_backend()) == "cpu" else "bf16"
+        precision = "fp32" if target_platform() == "cpu" else "bf16"
     return jnp.float32 if precision == "fp32" else jnp.bfloat16

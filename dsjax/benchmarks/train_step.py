@@ -7,13 +7,15 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dsjax.config import Config
 from dsjax.data.batches import Batches
 from dsjax.data.tokens import load_tokens
 from dsjax.model.flops import peak, training_flops_per_token
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import place
 from dsjax.runtime import runtime_of
+from dsjax.training.announcement import peak_of_all
 from dsjax.training.schedule import Schedule
 from dsjax.training.state import initial_state
 from dsjax.training.step import Knobs, make_train_step
@@ -30,14 +32,15 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     data = load_tokens(config.data, config.model.vocab_size)
     batch = config.train.batch_size
     micro_batch = config.train.micro_batch_size or batch
-    rows = Batches(data.train, length, config.train.seed).rows(0, batch)
-    tokens = jnp.asarray(rows.reshape(batch // micro_batch, micro_batch, -1))
+    mesh = make_mesh(config.mesh)
+    rows = Batches(data.train, length, config.train.seed).rows(0, batch).reshape(batch // micro_batch, micro_batch, -1)
+    tokens = place(lambda first, count: rows[:, first : first + count], rows.shape, 1, mesh)
     knobs = Knobs(schedule.learning_rate(0), schedule.mtp_weight(0), schedule.bias_speed(0))
-    state = initial_state(config)
+    state = initial_state(config, mesh)
 
     begin = time.perf_counter()
     end_of_document = data.tokenizer.eos if data.tokenizer else None
-    step = make_train_step(config, runtime_of(config), end_of_document=end_of_document)
+    step = make_train_step(config, runtime_of(config), mesh, end_of_document=end_of_document)
     compiled = step.lower(state, tokens, knobs).compile()
     compile_seconds = time.perf_counter() - begin
     for _ in range(2):
@@ -50,14 +53,15 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - begin)
 
-    per_step, device = statistics.median(seconds), jax.local_devices()[0]
+    per_step, device = statistics.median(seconds), mesh.devices.flat[0]
     flops = training_flops_per_token(config.model, length)
-    peak_flops, peak_is = peak(device)
+    peak_flops = peak_of_all(mesh)
     tokens_per_s = batch * length / per_step
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "model": config.model.name,
         "device": device.device_kind,
+        "mesh": dict(mesh.shape),
         "tokens_per_step": batch * length,
         "compile_s": compile_seconds,
         "step_s_median": per_step,
@@ -66,7 +70,8 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         "tokens_per_s": tokens_per_s,
         "gflop_per_token": flops / 1e9,
         "mfu": peak_flops and tokens_per_s * flops / peak_flops,
-        "peak_flops": peak_is,
+        "peak_flops": peak(device)[1],
+        "exchange_rounds": int(metrics["rounds"].max()) / (batch // micro_batch) if "rounds" in metrics else 0,
         "peak_memory_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_memory_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }

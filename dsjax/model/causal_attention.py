@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, PyTree
 
 from dsjax.config import AttentionKernel
+from dsjax.runtime import target_platform
 
 SMALLEST_BLOCK = 64
 """Queries of a block in short sequences; fewer make products too small for a CPU."""
@@ -28,7 +29,7 @@ HIDDEN = -1e30
 
 
 def resolve(impl: AttentionKernel, platform: str, dtype: DTypeLike = jnp.bfloat16) -> AttentionKernel:
-    """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `jax.default_backend()` says).
+    """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `runtime.target_platform` says).
 
     `auto` is cuDNN on NVIDIA for 16-bit inputs, splash attention on TPU, and blocks of plain XLA elsewhere.
 
@@ -68,7 +69,7 @@ def causal_attention(
     Raises:
         ValueError: no such implementation, or one that cannot run on this process' default backend.
     """
-    match resolve(impl, jax.default_backend(), q.dtype):
+    match resolve(impl, target_platform(), q.dtype):
         case "chunked":
             return chunked(q, k, v, segments, scale)  # names what it keeps itself
         case "plain":

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PyTree
 
 from dsjax.model.grouped_matmul import Groups, buffer_rows, default_alignment, group_rows
-from dsjax.runtime import ExpertFunction
+from dsjax.runtime import ExpertFunction, target_platform
 
 
 @functools.partial(
@@ -42,7 +42,7 @@ def exchange_locally(
     num_experts: int,
 ) -> tuple[Float[Array, "T D"], Int32[Array, ""]]:
     """The `Exchange` of a single device, which holds all experts: sort, run them, sum each token's results."""
-    plan = sort_by_expert(indices, num_experts, default_alignment(jax.default_backend()))
+    plan = sort_by_expert(indices, num_experts, default_alignment(target_platform()))
     plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "plan"), plan)
     rows = experts(dispatch(plan, x), checkpoint_name(dispatch_weights(plan, weights), "plan"), plan.groups)
     return combine(plan, rows), jnp.ones((), jnp.int32)

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from dsjax.config import GroupedMatmulKernel
+from dsjax.runtime import target_platform
 
 MULTIPLES = (16, 4, 1)
 """Block sizes of `tiles`, in units of the alignment. Large products run at full speed, small ones leave no row over."""
@@ -93,7 +94,7 @@ def group_rows(sizes: Int32[Array, "G"], rows: int, alignment: int) -> Groups:
 
 
 def resolve(impl: GroupedMatmulKernel, platform: str) -> GroupedMatmulKernel:
-    """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `jax.default_backend()` says).
+    """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `runtime.target_platform` says).
 
     `tiles` loops over blocks of rows that are really there, however they are divided: CPU, and correct everywhere.
     `batched` is one batched product of all tiles with copies of their matrices: NVIDIA, where every turn of a loop is
@@ -127,7 +128,7 @@ def grouped_matmul(
             f"grouped matmul of x {x.shape} with w {w.shape}: x should be [{groups.rows}, K] and w "
             f"[{groups.sizes.shape[0]}, N, K]"
         )
-    return _grouped_matmul(x, w, groups, resolve(impl, jax.default_backend()))
+    return _grouped_matmul(x, w, groups, resolve(impl, target_platform()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -17,7 +17,7 @@ from dsjax.config import Config, ModelConfig
 from dsjax.model.grouped_matmul import default_alignment
 from dsjax.parallel import dispatch as hops
 from dsjax.parallel.dispatch import Route
-from dsjax.runtime import Exchange, ExpertFunction
+from dsjax.runtime import Exchange, ExpertFunction, target_platform
 
 
 def exchange_of(config: Config) -> Exchange | None:
@@ -92,7 +92,7 @@ def exchange_in_rounds(
     Args:
         experts: the experts of this device.
     """
-    alignment = default_alignment(jax.default_backend())
+    alignment = default_alignment(target_platform())
 
     def one_round(round1: Int[Array, ""] | int, round2: Int[Array, ""] | int, name) -> Float[Array, "T D"]:
         with jax.named_scope("dispatch"):

@@ -7,12 +7,12 @@ transpose, with `sent` and `received` exchanged.
 
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
 from dsjax.config import Transport
+from dsjax.runtime import target_platform
 
 
 def resolve(transport: Transport, platform: str) -> str:
@@ -44,7 +44,7 @@ def move(
         bits = lax.bitcast_convert_type(buffer, jnp.dtype(f"uint{8 * buffer.dtype.itemsize}"))
         moved = move(bits, sent, received, axis=axis, transport=transport)
         return lax.bitcast_convert_type(moved, buffer.dtype)
-    match resolve(transport, jax.default_backend()):
+    match resolve(transport, target_platform()):
         case "padded":
             return lax.all_to_all(buffer, axis, 0, 0, tiled=True)
         case "gather":

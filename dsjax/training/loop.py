@@ -16,14 +16,13 @@ from rich.console import Console
 from dsjax.config import Config
 from dsjax.data.batches import Batches
 from dsjax.data.tokens import Progress, TokenCache, load_tokens
-from dsjax.model.causal_attention import resolve as resolve_attention
-from dsjax.model.flops import parameter_count, peak, training_flops_per_token
-from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
+from dsjax.model.flops import training_flops_per_token
 from dsjax.parallel.agreement import Vote, on_first, require_same
 from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import place
 from dsjax.runtime import Runtime, runtime_of
+from dsjax.training.announcement import announce, peak_of_all
 from dsjax.training.ema import HostEma
 from dsjax.training.folder import RunFolder
 from dsjax.training.interrupts import Interrupts
@@ -79,7 +78,7 @@ def train(
     folder = RunFolder(config, fresh=fresh, overwrite=overwrite)
     data = _load_tokens(config, console)
     runtime = runtime_of(config)
-    _announce(console, config, runtime, data)
+    announce(console, config, runtime, mesh, data)
     with folder:
         return Run(config, runtime, mesh, data, folder, console, loss_and_grads).to_the_end()
 
@@ -231,7 +230,7 @@ class Run:
             self.folder.save(self.state, average, self.data.fingerprint, recorder.latest["seconds"])
 
     def _recorder(self, sinks: list, display: ProgressDisplay) -> Recorder:
-        model, mesh, device = self.config.model, self.config.mesh, jax.local_devices()[0]
+        model, mesh = self.config.model, self.config.mesh
         micro_batch = self.config.train.micro_batch_size or self.config.train.batch_size
         return Recorder(
             sinks,
@@ -239,7 +238,7 @@ class Run:
             last_step=self.config.train.steps,
             main_layers=model.num_hidden_layers - model.first_k_dense_replace,
             flops_per_token=training_flops_per_token(model, self.config.data.sequence_length),
-            peak_flops=peak(device)[0] and peak(device)[0] * mesh.devices,
+            peak_flops=peak_of_all(self.mesh),
             expert_shards=mesh.expert_shards,
             round_bytes=bytes_of_round(
                 route_of(self.config, micro_batch * self.config.data.sequence_length // mesh.batch_shards),
@@ -271,27 +270,6 @@ class Run:
             self.console.print(f"validation loss {val_loss:.3f} nats per token: {gaps}")
             self.console.print(f"pictures  {path / 'pictures'}")
         return Summary(done, done == steps, val_loss, self.baselines, path)
-
-
-def _announce(console: Console, config: Config, runtime: Runtime, data: TokenCache) -> None:
-    """Show what the run is made of, before it starts."""
-    device, count = jax.local_devices()[0], parameter_count(config.model)
-    attention = resolve_attention(runtime.attention, device.platform, runtime.compute_dtype)
-    grouped = resolve_grouped_matmul(runtime.grouped_matmul, device.platform)
-    dtype = jnp.dtype(runtime.compute_dtype).name
-    console.print(f"device    {device.device_kind}, {dtype}; attention {attention}, grouped matmul {grouped}")
-    console.print(f"peak      {peak(device)[1]}; MFU counts attention as causal")
-    mtp = f", and {quantity(count.mtp)} in MTP modules" if count.mtp else ""
-    console.print(
-        f"model     {config.model.name}: {quantity(count.main)} parameters, {quantity(count.active)} active{mtp}"
-    )
-    epochs = Schedule(config).first_sequence(config.train.steps) * config.data.sequence_length / len(data.train)
-    console.print(
-        f"data      {config.data.source}: {data.train_documents} documents, {quantity(len(data.train))} tokens "
-        f"({epochs:.2f} epochs in this run); {data.validation_documents} documents, "
-        f"{quantity(len(data.validation))} tokens held out"
-    )
-    console.print(f"run       {config.run}, {config.train.steps} steps")
 
 
 def _load_tokens(config: Config, console: Console) -> TokenCache:

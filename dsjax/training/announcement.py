@@ -1,0 +1,78 @@
+"""What a run shows before it starts: machine, mesh, model, data."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from rich.console import Console
+
+from dsjax.config import Config
+from dsjax.data.tokens import TokenCache
+from dsjax.model.causal_attention import resolve as resolve_attention
+from dsjax.model.flops import parameter_count, peak
+from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
+from dsjax.parallel.exchange import bytes_of_round, route_of
+from dsjax.parallel.transport import resolve as resolve_transport
+from dsjax.runtime import Runtime
+from dsjax.training.progress import quantity
+from dsjax.training.schedule import Schedule
+
+
+def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, data: TokenCache) -> None:
+    """Show what the run is made of, before it starts."""
+    device, count = jax.local_devices()[0], parameter_count(config.model)
+    attention = resolve_attention(runtime.attention, device.platform, runtime.compute_dtype)
+    grouped = resolve_grouped_matmul(runtime.grouped_matmul, device.platform)
+    dtype = jnp.dtype(runtime.compute_dtype).name
+    console.print(f"device    {device.device_kind}, {dtype}; attention {attention}, grouped matmul {grouped}")
+    _announce_mesh(console, config, mesh, runtime.compute_dtype)
+    console.print(f"peak      {peak(device)[1]}; MFU counts attention as causal")
+    mtp = f", and {quantity(count.mtp)} in MTP modules" if count.mtp else ""
+    console.print(
+        f"model     {config.model.name}: {quantity(count.main)} parameters, {quantity(count.active)} active{mtp}"
+    )
+    epochs = Schedule(config).first_sequence(config.train.steps) * config.data.sequence_length / len(data.train)
+    console.print(
+        f"data      {config.data.source}: {data.train_documents} documents, {quantity(len(data.train))} tokens "
+        f"({epochs:.2f} epochs in this run); {data.validation_documents} documents, "
+        f"{quantity(len(data.validation))} tokens held out"
+    )
+    console.print(f"run       {config.run}, {config.train.steps} steps")
+
+
+def _announce_mesh(console: Console, config: Config, mesh: Mesh, dtype: DTypeLike) -> None:
+    """Show how the run is divided over devices, and how tokens travel."""
+    if mesh.size == 1:
+        if (idle := jax.device_count() - 1) and mesh.devices.flat[0].platform != "cpu":
+            console.print(f"mesh      1 device; {idle} more are idle: --mesh.data, --mesh.node, --mesh.local use them")
+        return
+    processes = len({device.process_index for device in mesh.devices.flat})
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    console.print(f"mesh      {axes}: {mesh.size} devices in {processes} process{'es' if processes > 1 else ''}")
+    if config.mesh.expert_shards == 1:
+        return
+    micro_batch = config.train.micro_batch_size or config.train.batch_size
+    tokens = micro_batch * config.data.sequence_length // config.mesh.batch_shards
+    route = route_of(config, tokens)
+    slots = [
+        f"{count} {what} of {capacity}"
+        for what, count, capacity in (
+            ("nodes", route.nodes, route.node_capacity),
+            ("devices", route.devices, route.device_capacity),
+        )
+        if count > 1
+    ]
+    to_nodes, to_devices = bytes_of_round(route, config.model, jnp.dtype(dtype).itemsize)
+    transport = resolve_transport(route.transport, mesh.devices.flat[0].platform)
+    console.print(
+        f"exchange  {transport}; {tokens} tokens per device, slots for {', '.join(slots)}; a device sends "
+        f"{quantity(to_nodes)}B to other nodes and {quantity(to_devices)}B within its own, per MoE layer and round"
+    )
+
+
+def peak_of_all(mesh: Mesh) -> float | None:
+    """Return the peak FLOP/s of all devices together, None where it is not known; simulated ones share their CPU."""
+    device = mesh.devices.flat[0]
+    of_one, _ = peak(device)
+    count = len({d.process_index for d in mesh.devices.flat}) if device.platform == "cpu" else mesh.size
+    return of_one and of_one * count
