@@ -5,7 +5,7 @@ same model file therefore reads the same on one device and on 2,048.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +17,20 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import AttentionKernel, Config, GroupedMatmulKernel, Precision, Remat
 
-ExpertFunction = Callable[[Float[Array, "R D"], Float[Array, " R"], Any], Float[Array, "R D"]]
-"""`experts(rows, weights, groups)`: the expert FFNs on rows grouped by expert, each result scaled by its weight."""
+
+class ExpertFunction(Protocol):
+    """The expert FFNs on rows grouped by expert, each result scaled by its weight."""
+
+    def __call__(
+        self, rows: Float[Array, "R D"], weights: Float[Array, " R"], groups: Any, *, named: bool = True
+    ) -> Float[Array, "R D"]:
+        """Return the experts' outputs.
+
+        Args:
+            groups: of the rows, see `model.grouped_matmul`.
+            named: whether intermediate results bear the names under which a rematerialization keeps them.
+        """
+        ...
 
 
 class Exchange(Protocol):

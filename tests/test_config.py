@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dsjax.config import DataConfig, OptimizerConfig, TrainConfig, YarnConfig, describe, fits
+from dsjax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, YarnConfig, describe, fits
 from dsjax.settings import load_config, load_model_config
 
 TINY = load_model_config("tiny")
@@ -67,6 +67,24 @@ BROKEN = [
         RUN,
         {"data": replace(DATA, sequence_length=1)},
         "data.sequence_length = 1: must be greater than model.num_nextn_predict_layers = 1",
+    ),
+    (RUN.mesh, {"node": 0}, "mesh.node = 0: must be at least 1"),
+    (RUN.dispatch, {"transport": "fast"}, "dispatch.transport = 'fast': must be one of 'padded', 'ragged', 'gather'"),
+    (RUN.dispatch, {"node_slack": 0.0}, "dispatch.node_slack = 0.0: must be greater than 0"),
+    (
+        RUN,
+        {"mesh": MeshConfig(node=2, local=3)},
+        "mesh.node x mesh.local = 2 x 3 = 6: must divide model.n_routed_experts = 8, so that every device",
+    ),
+    (
+        RUN,
+        {"mesh": MeshConfig(data=2, node=2, local=2)},
+        "train.batch_size = 4: must be divisible by mesh.data x mesh.node x mesh.local = 2 x 2 x 2 = 8, so that every",
+    ),
+    (
+        RUN,
+        {"mesh": MeshConfig(data=4), "train": replace(TRAIN, micro_batch_size=6)},
+        "train.micro_batch_size = 6: must be divisible by mesh.data x mesh.node x mesh.local = 4 x 1 x 1 = 4",
     ),
 ]
 

@@ -8,6 +8,7 @@ devices, which sends a token once per expert, and with as much slack. Prints JSO
 tokens, 4096 x 7168 x 2 bytes. Devices are simulated, nothing runs.
 """
 
+import functools
 import json
 import time
 from dataclasses import replace
@@ -35,9 +36,7 @@ def compiled_exchange(config: Config, tokens: int) -> str:
     divided = PartitionSpec(EXPERT_AXES)
 
     def on_device(x, indices, weights, params):
-        def experts(rows, row_weights, groups):
-            return expert_ffn(params, rows, row_weights, groups, runtime=Runtime())
-
+        experts = functools.partial(expert_ffn, params, runtime=Runtime())
         return exchange_in_rounds(route_of(config, tokens), experts, x, indices, weights)[0]
 
     def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:

@@ -22,6 +22,8 @@ MULTIPLES = (16, 4, 1)
 """Block sizes of `tiles`, in units of the alignment. Large products run at full speed, small ones leave no row over."""
 LARGEST_BLOCK = 1024
 """Rows above which a block gains nothing."""
+MOST_COPIED = 2**30
+"""Bytes of copied matrices that `batched` may cost."""
 
 
 @functools.partial(
@@ -93,12 +95,13 @@ def group_rows(sizes: Int32[Array, "G"], rows: int, alignment: int) -> Groups:
     return Groups(sizes, tiles * alignment, group_of_tile, tuple(blocks), rows, alignment)
 
 
-def resolve(impl: GroupedMatmulKernel, platform: str) -> GroupedMatmulKernel:
+def resolve(impl: GroupedMatmulKernel, platform: str, copied_bytes: int = 0) -> GroupedMatmulKernel:
     """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `runtime.target_platform` says).
 
     `tiles` loops over blocks of rows that are really there, however they are divided: CPU, and correct everywhere.
     `batched` is one batched product of all tiles with copies of their matrices: NVIDIA, where every turn of a loop is
-    felt. `ragged` is `jax.lax.ragged_dot`, a kernel on TPU; elsewhere XLA multiplies every row with every matrix.
+    felt, as long as these `copied_bytes` are at most `MOST_COPIED`; beyond, a turn's work is long. `ragged` is
+    `jax.lax.ragged_dot`, a kernel on TPU; elsewhere XLA multiplies every row with every matrix.
 
     Raises:
         ValueError: no such implementation.
@@ -109,7 +112,7 @@ def resolve(impl: GroupedMatmulKernel, platform: str) -> GroupedMatmulKernel:
         )
     if impl != "auto":
         return impl
-    return {"cpu": "tiles", "tpu": "ragged"}.get(platform, "batched")
+    return {"cpu": "tiles", "tpu": "ragged"}.get(platform, "batched" if copied_bytes <= MOST_COPIED else "tiles")
 
 
 def grouped_matmul(
@@ -128,7 +131,8 @@ def grouped_matmul(
             f"grouped matmul of x {x.shape} with w {w.shape}: x should be [{groups.rows}, K] and w "
             f"[{groups.sizes.shape[0]}, N, K]"
         )
-    return _grouped_matmul(x, w, groups, resolve(impl, target_platform()))
+    copied_bytes = groups.rows // groups.alignment * w[0].size * w.dtype.itemsize
+    return _grouped_matmul(x, w, groups, resolve(impl, target_platform(), copied_bytes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,5 +1,6 @@
 """The mixture of experts: routed and shared experts, aux-loss-free balancing (DeepSeekMoE, report section 2.1.2)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -56,9 +57,7 @@ def moe(
     tokens = x.reshape(-1, config.hidden_size)
     routing = route(params["router"], ctx.router_bias, tokens, config)
 
-    def experts(rows: Float[Array, "R D"], weights: Float[Array, " R"], groups: Any) -> Float[Array, "R D"]:
-        return expert_ffn(params["experts"], rows, weights, groups, runtime=runtime)
-
+    experts = functools.partial(expert_ffn, params["experts"], runtime=runtime)
     exchange = runtime.exchange or exchange_locally
     routed, rounds = exchange(experts, tokens, routing.indices, routing.weights, config.n_routed_experts)
     y = (routed + feed_forward(params["shared"], tokens)).reshape(x.shape)
@@ -70,14 +69,24 @@ def moe(
 
 
 def expert_ffn(
-    params: PyTree, rows: Float[Array, "R D"], weights: Float[Array, " R"], groups: Any, *, runtime: Runtime
+    params: PyTree,
+    rows: Float[Array, "R D"],
+    weights: Float[Array, " R"],
+    groups: Any,
+    *,
+    runtime: Runtime,
+    named: bool = True,
 ) -> Float[Array, "R D"]:
-    """Return each row's expert applied to it, times its routing weight.
+    """Return each row's expert applied to it, times its routing weight; with `params` bound, an `ExpertFunction`.
 
     The weight multiplies the SwiGLU output, before the down projection (spec 1.6), so that combining is a plain sum.
     """
-    rows = checkpoint_name(rows, "dispatched")
+
+    def name(array: Array, what: str) -> Array:
+        return checkpoint_name(array, what) if named else array
+
+    rows = name(rows, "dispatched")
     impl = runtime.grouped_matmul
     gate_up = grouped_matmul(rows, gate_up_matrix(params["gate_up"]).astype(rows.dtype), groups, impl=impl)
-    activated = swiglu(checkpoint_name(gate_up, "gate_up")) * weights[:, None].astype(rows.dtype)
+    activated = swiglu(name(gate_up, "gate_up")) * weights[:, None].astype(rows.dtype)
     return grouped_matmul(activated, params["down"].astype(rows.dtype), groups, impl=impl)

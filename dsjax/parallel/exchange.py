@@ -94,18 +94,21 @@ def exchange_in_rounds(
     """
     alignment = default_alignment(target_platform())
 
-    def one_round(round1: Int[Array, ""] | int, round2: Int[Array, ""] | int, name) -> Float[Array, "T D"]:
+    def one_round(round1: Int[Array, ""] | int, round2: Int[Array, ""] | int, named: bool) -> Float[Array, "T D"]:
+        def name(leaf: Array) -> Array:
+            return checkpoint_name(leaf, "plan") if named else leaf
+
         with jax.named_scope("dispatch"):
             plan = jax.tree.map(name, hops.plan_round(route, queues, indices, round1, round2, alignment))
             rows, row_weights = hops.dispatch(plan, x), name(hops.dispatch_weights(plan, weights))
-        rows = experts(rows, row_weights, plan.within_device.groups)
+        rows = experts(rows, row_weights, plan.within_device.groups, named=named)
         with jax.named_scope("combine"):
             return hops.combine(plan, rows)
 
     with jax.named_scope("dispatch"):
         queues = hops.queues_to_nodes(route, indices)
         active = hops.active_rounds(route, queues, indices)
-    y = one_round(0, 0, lambda a: checkpoint_name(a, "plan"))
+    y = one_round(0, 0, named=True)
     if active.size == 1:
         return y, jnp.ones((), jnp.int32)
 
@@ -117,7 +120,8 @@ def exchange_in_rounds(
             def part(round1: Int[Array, ""], round2: Int[Array, ""]) -> Float[Array, "T D"]:
                 return lax.cond(
                     active[round1, round2],
-                    lambda: one_round(round1, round2, lambda a: a).astype(jnp.float32),
+                    # What bears a name would be kept: of every round that there could be.
+                    lambda: one_round(round1, round2, named=False).astype(jnp.float32),
                     lambda: jnp.zeros(x.shape, jnp.float32),
                 )
 

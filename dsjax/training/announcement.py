@@ -10,6 +10,7 @@ from dsjax.config import Config
 from dsjax.data.tokens import TokenCache
 from dsjax.model.causal_attention import resolve as resolve_attention
 from dsjax.model.flops import parameter_count, peak
+from dsjax.model.grouped_matmul import buffer_rows, default_alignment
 from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
 from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.transport import resolve as resolve_transport
@@ -22,9 +23,12 @@ def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, dat
     """Show what the run is made of, before it starts."""
     device, count = jax.local_devices()[0], parameter_count(config.model)
     attention = resolve_attention(runtime.attention, device.platform, runtime.compute_dtype)
-    grouped = resolve_grouped_matmul(runtime.grouped_matmul, device.platform)
-    dtype = jnp.dtype(runtime.compute_dtype).name
-    console.print(f"device    {device.device_kind}, {dtype}; attention {attention}, grouped matmul {grouped}")
+    dtype = jnp.dtype(runtime.compute_dtype)
+    alignment, route = default_alignment(device.platform), route_of(config, tokens_of_device(config))
+    rows = buffer_rows(route.devices * route.device_capacity, route.experts_of_device, alignment)
+    matrix = 2 * config.model.moe_intermediate_size * config.model.hidden_size * dtype.itemsize
+    grouped = resolve_grouped_matmul(runtime.grouped_matmul, device.platform, rows // alignment * matrix)
+    console.print(f"device    {device.device_kind}, {dtype.name}; attention {attention}, grouped matmul {grouped}")
     _announce_mesh(console, config, mesh, runtime.compute_dtype)
     console.print(f"peak      {peak(device)[1]}; MFU counts attention as causal")
     mtp = f", and {quantity(count.mtp)} in MTP modules" if count.mtp else ""
@@ -40,6 +44,12 @@ def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, dat
     console.print(f"run       {config.run}, {config.train.steps} steps")
 
 
+def tokens_of_device(config: Config) -> int:
+    """Return how many tokens of a micro-batch a device gets."""
+    micro_batch = config.train.micro_batch_size or config.train.batch_size
+    return micro_batch * config.data.sequence_length // config.mesh.batch_shards
+
+
 def _announce_mesh(console: Console, config: Config, mesh: Mesh, dtype: DTypeLike) -> None:
     """Show how the run is divided over devices, and how tokens travel."""
     if mesh.size == 1:
@@ -51,8 +61,7 @@ def _announce_mesh(console: Console, config: Config, mesh: Mesh, dtype: DTypeLik
     console.print(f"mesh      {axes}: {mesh.size} devices in {processes} process{'es' if processes > 1 else ''}")
     if config.mesh.expert_shards == 1:
         return
-    micro_batch = config.train.micro_batch_size or config.train.batch_size
-    tokens = micro_batch * config.data.sequence_length // config.mesh.batch_shards
+    tokens = tokens_of_device(config)
     route = route_of(config, tokens)
     slots = [
         f"{count} {what} of {capacity}"

@@ -22,7 +22,7 @@ from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import place
 from dsjax.runtime import Runtime, runtime_of
-from dsjax.training.announcement import announce, peak_of_all
+from dsjax.training.announcement import announce, peak_of_all, tokens_of_device
 from dsjax.training.ema import HostEma
 from dsjax.training.folder import RunFolder
 from dsjax.training.interrupts import Interrupts
@@ -231,7 +231,6 @@ class Run:
 
     def _recorder(self, sinks: list, display: ProgressDisplay) -> Recorder:
         model, mesh = self.config.model, self.config.mesh
-        micro_batch = self.config.train.micro_batch_size or self.config.train.batch_size
         return Recorder(
             sinks,
             every=self.config.train.log_every,
@@ -241,7 +240,7 @@ class Run:
             peak_flops=peak_of_all(self.mesh),
             expert_shards=mesh.expert_shards,
             round_bytes=bytes_of_round(
-                route_of(self.config, micro_batch * self.config.data.sequence_length // mesh.batch_shards),
+                route_of(self.config, tokens_of_device(self.config)),
                 model,
                 jnp.dtype(self.runtime.compute_dtype).itemsize,
             ),

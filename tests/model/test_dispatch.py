@@ -99,7 +99,7 @@ def test_experts_equal_a_dense_loop(kind):
     up, down, dy = rng.normal(size=(E, F, D)), rng.normal(size=(E, D, F)), rng.normal(size=(T, D))
 
     def exchanged(x, weights, up, down):
-        def experts(rows, row_weights, groups):
+        def experts(rows, row_weights, groups, named=True):
             return grouped_matmul(jnp.tanh(grouped_matmul(rows, up, groups)) * row_weights[:, None], down, groups)
 
         return exchange_locally(experts, x, indices, weights, E)[0]

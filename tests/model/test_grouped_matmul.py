@@ -136,3 +136,5 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="no implementation 'mosaic'"):
         resolve("mosaic", "cpu")
     assert (resolve("auto", "cpu"), resolve("auto", "tpu"), resolve("ragged", "cpu")) == ("tiles", "ragged", "ragged")
+    assert (resolve("auto", "gpu", 2**30), resolve("auto", "gpu", 2**30 + 1)) == ("batched", "tiles")
+    assert resolve("batched", "gpu", 2**40) == "batched"

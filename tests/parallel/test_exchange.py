@@ -54,7 +54,7 @@ def programs(route):
     mesh = make_mesh(MeshConfig(node=route.nodes, local=route.devices))
 
     def on_device(x, weights, up, down, indices):
-        def experts(rows, row_weights, groups):
+        def experts(rows, row_weights, groups, named=True):
             return grouped_matmul(jnp.tanh(grouped_matmul(rows, up, groups)) * row_weights[:, None], down, groups)
 
         y, rounds = exchange_in_rounds(route, experts, x, indices, weights)

@@ -3,16 +3,19 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import MESHES, MTP_WEIGHT, ROUTINGS, TIGHT, check_equal, found_on
+from meshes import EXPERTS, MESHES, MTP_WEIGHT, ROUTINGS, TIGHT, check_equal, found_on
 
 from dsjax.config import MeshConfig
+from dsjax.model.block import block_function
+from dsjax.model.context import context
 from dsjax.parallel.mesh import make_mesh
-from dsjax.parallel.sharding import partitions
+from dsjax.parallel.sharding import batch_spec, partitions
 from dsjax.runtime import Runtime
 from dsjax.training.state import initial_state
-from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step
+from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step, on_mesh
 
 FEW = ("2x4", "1x8", "data 2 x EP 2x2")
 KNOBS = Knobs(1e-2, 0.3, 1e-3)
@@ -98,3 +101,26 @@ def collectives_of(jaxpr, in_loop=False):
                     outside += found[0]
                     inside += found[1]
     return outside, inside
+
+
+def test_further_rounds_keep_nothing_for_the_backward_pass(run, capsys):
+    """Only the first round's results bear names; those of every round that there could be would be many times more."""
+    config = replace(run, mesh=MeshConfig(node=2, local=4), dispatch=TIGHT)
+    mesh, state = make_mesh(config.mesh), initial_state(run)
+    layer = jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.params["moe"])
+    layer["moe"]["experts"] = jax.tree.map(lambda leaf: leaf[:4], layer["moe"]["experts"])
+    block = block_function(config.model, on_mesh(Runtime(remat="report"), config))
+
+    def on_device(x):
+        ctx = context(config.model, 16).for_layer(jnp.zeros(EXPERTS))
+        jax.ad_checkpoint.print_saved_residuals(
+            lambda p, x: block(p, x, ctx)[0].sum(), jax.tree.map(jnp.asarray, layer), x
+        )
+        return x
+
+    jax.shard_map(on_device, mesh=mesh, in_specs=batch_spec(3, 0), out_specs=batch_spec(3, 0), check_vma=False)(
+        jnp.ones((8, 16, 32))
+    )
+    lines = capsys.readouterr().out.splitlines()
+    kept = [line for line in lines if "from the argument" not in line and "from a constant" not in line]
+    assert sum("named 'dispatched'" in line for line in kept) == 1 and all("named" in line for line in kept)
