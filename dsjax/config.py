@@ -14,6 +14,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 Remat = Literal["none", "report", "full"]
 AttentionKernel = Literal["auto", "plain", "chunked", "cudnn", "splash", "tokamax"]
 GroupedMatmulKernel = Literal["auto", "tiles", "batched", "ragged"]
+PipelineSchedule = Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
 Transport = Literal["padded", "ragged", "gather"]
 Source = Literal["python-stdlib", "text", "jsonl", "parquet", "tokens"]
 
@@ -388,7 +389,6 @@ class MeshConfig:
     def __post_init__(self) -> None:
         law = _Laws(self, "mesh.")
         law.at_least(1, "pipe", "data", "node", "local")
-        law("pipe", self.pipe == 1, "1: pipelines are not built yet")
 
     @property
     def devices(self) -> int:
@@ -404,6 +404,20 @@ class MeshConfig:
     def expert_shards(self) -> int:
         """Parts into which the experts of a layer are divided."""
         return self.node * self.local
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """In which order the stages of a pipeline work on micro-batches; without effect where `mesh.pipe` is 1."""
+
+    schedule: PipelineSchedule = "dualpipe"
+    """`gpipe`, `1f1b`, `zb1p` (ZB-H1), `dualpipe` (report section 3.2.1: two directions at once, parameters twice) or
+    `dualpipev` (the same with two stages per rank, parameters once)."""
+    max_deferred: int = 0
+    """How many weight gradients may wait on a rank, each with the activations that it needs; 0 for no bound."""
+
+    def __post_init__(self) -> None:
+        _Laws(self, "pipeline.").at_least(0, "max_deferred")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +462,7 @@ class Config:
     kernels: KernelConfig = field(default_factory=KernelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     run: str = ""
     """Folder of the run; empty for `runs/` and the name of the TOML file."""
     precision: Precision = "auto"

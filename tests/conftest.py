@@ -10,9 +10,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # The rooms whose signatures declare shapes check them from here on.
-install_import_hook(
-    ["dsjax.data", "dsjax.inference", "dsjax.model", "dsjax.parallel", "dsjax.training"], "shapes.check"
-)
+CHECKED = ("data", "inference", "model", "parallel", "pipeline.chunk", "training")
+install_import_hook([f"dsjax.{room}" for room in CHECKED], "shapes.check")
 
 # Small programs compile for seconds and run for milliseconds: XLA's lowest effort halves the former.
 jax.config.update("jax_disable_most_optimizations", True)

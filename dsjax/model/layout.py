@@ -4,6 +4,7 @@ Checkpoints, names and mathematics know the canonical layout. A training step ho
 it can loop over them and its compile time does not grow with depth.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,11 @@ EDGES = ("embed", "norm", "head")
 """Parameters that belong to no layer."""
 
 
-def stack(canonical: PyTree, config: ModelConfig) -> PyTree:
+Rows = Sequence[int | None]
+"""The MoE layer, counted from 0, that each row of the stacked arrays holds; None for zeros. By default all in order."""
+
+
+def stack(canonical: PyTree, config: ModelConfig, rows: Rows | None = None) -> PyTree:
     """Return the stacked layout: `embed`, `norm`, `head`, and `dense`, `moe`, `mtp` with a leading axis of layers."""
     layers = canonical.get("layers", {})
 
@@ -34,6 +39,9 @@ def stack(canonical: PyTree, config: ModelConfig) -> PyTree:
         "moe": present(_moe(config)),
         "mtp": [module for _, module in sorted(canonical.get("mtp", {}).items(), key=lambda item: int(item[0]))],
     }
+    if rows is not None and groups["moe"]:
+        zeros = jax.tree.map(_zeros_like, groups["moe"][0])
+        groups["moe"] = [zeros if row is None else groups["moe"][row] for row in rows]
     stacked = {name: jax.tree.map(_stack_leaves, *group) for name, group in groups.items() if group}
     return {name: canonical[name] for name in EDGES if name in canonical} | stacked
 
@@ -45,13 +53,18 @@ def _stack_leaves(*leaves: Any) -> Any:
     return jnp.stack(leaves)
 
 
-def unstack(stacked: PyTree, config: ModelConfig) -> PyTree:
+def _zeros_like(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.zeros_like(leaf)
+
+
+def unstack(stacked: PyTree, config: ModelConfig, rows: Rows | None = None) -> PyTree:
     """Return the canonical layout of a stacked tree; the inverse of `stack`."""
     canonical = {name: stacked[name] for name in EDGES if name in stacked}
     layers = {}
     for group, indices in (("dense", _dense(config)), ("moe", _moe(config))):
         if group in stacked:
-            layers |= {str(i): _slice(stacked[group], at) for at, i in enumerate(indices)}
+            places = range(len(indices)) if rows is None or group == "dense" else map(rows.index, range(len(indices)))
+            layers |= {str(i): _slice(stacked[group], at) for at, i in zip(places, indices, strict=True)}
     if layers:
         canonical["layers"] = layers
     if "mtp" in stacked:

@@ -16,7 +16,7 @@ from dsjax.config import ModelConfig
 from dsjax.model.block import Block, block_function
 from dsjax.model.context import Context, context
 from dsjax.model.layers import RouterBias, cast_weights, embedding, linear, norm_weight, rms_norm, weight
-from dsjax.model.layout import stack
+from dsjax.model.layout import Rows, stack
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import MoEAux
 from dsjax.model.mtp import MTP, mtp
@@ -70,16 +70,24 @@ def abstract_parameters(config: ModelConfig) -> tuple[PyTree, PyTree]:
     return split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
 
 
-def initial_parameters(config: ModelConfig, seed: int) -> tuple[PyTree, PyTree]:
+def initial_parameters(config: ModelConfig, seed: int, rows: Rows | None = None) -> tuple[PyTree, PyTree]:
     """Return the parameters and router biases of `Transformer(config, nnx.Rngs(seed))`, stacked.
 
     Layers of one shape are drawn by one vectorized program, whose compile time does not grow with depth.
+
+    Args:
+        rows: the layout of the MoE layers, see `model.layout`.
     """
     key = nnx.Rngs(seed).params()
     layers, dense, depth = config.num_hidden_layers, config.first_k_dense_replace, config.num_nextn_predict_layers
 
-    def draw(make, first: int, count: int) -> tuple[PyTree, PyTree]:
-        return jax.vmap(lambda i: split(make(_rngs(key, i))))(jnp.arange(first, first + count))
+    def draw(make, first: int, rows: Rows) -> tuple[PyTree, PyTree]:
+        numbers = jnp.asarray([first if row is None else first + row for row in rows])
+        drawn = jax.vmap(lambda i: split(make(_rngs(key, i))))(numbers)
+        for at, row in enumerate(rows):
+            if row is None:
+                drawn = jax.tree.map(lambda leaf, at=at: leaf.at[at].set(0), drawn)
+        return drawn
 
     params = {
         "embed": embedding(config, _rngs(key, layers + depth))[...],
@@ -88,13 +96,13 @@ def initial_parameters(config: ModelConfig, seed: int) -> tuple[PyTree, PyTree]:
     }
     biases = {}
     groups = {
-        "dense": (lambda rngs: Block(config, rngs, dense=True), 0, dense),
-        "moe": (lambda rngs: Block(config, rngs, dense=False), dense, layers - dense),
-        "mtp": (lambda rngs: MTP(config, rngs), layers, depth),
+        "dense": (lambda rngs: Block(config, rngs, dense=True), 0, range(dense)),
+        "moe": (lambda rngs: Block(config, rngs, dense=False), dense, rows or range(layers - dense)),
+        "mtp": (lambda rngs: MTP(config, rngs), layers, range(depth)),
     }
-    for name, (make, first, count) in groups.items():
-        if count:
-            params[name], group_biases = draw(make, first, count)
+    for name, (make, first, group_rows) in groups.items():
+        if len(group_rows):
+            params[name], group_biases = draw(make, first, group_rows)
             biases |= {name: group_biases} if group_biases else {}
     return params, biases
 
@@ -114,22 +122,43 @@ def hidden_states(
         params: stacked, weights in the compute format.
         biases: router biases, stacked.
     """
-    dense_block = block_function(config, runtime)
-    moe_block = block_function(config, runtime, in_loop=not runtime.unroll_layers)
-    for i in range(config.first_k_dense_replace):
-        x, _ = dense_block(jax.tree.map(lambda leaf, i=i: leaf[i], params["dense"]), x, ctx)
-    aux = None
-    if "moe" in params:
-
-        def layer(x: Array, group: tuple[PyTree, PyTree]) -> tuple[Array, MoEAux]:
-            layer_params, layer_biases = group
-            return moe_block(layer_params, x, ctx.for_layer(_bias(layer_biases)))
-
-        x, aux = jax.lax.scan(layer, x, (params["moe"], biases.get("moe", {})), unroll=runtime.unroll_layers or 1)
+    x = dense_layers(params, x, ctx, config=config, runtime=runtime)
+    x, aux = moe_layers(params, biases, x, ctx, config=config, runtime=runtime)
     return rms_norm(x, params["norm"], config.rms_norm_eps), aux
 
 
-def _bias(layer_biases: PyTree) -> Float[Array, " E"] | None:
+def dense_layers(
+    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig, runtime: Runtime
+) -> Float[Array, "B S D"]:
+    """Run the first layers, which have a dense network."""
+    block = block_function(config, runtime)
+    for i in range(config.first_k_dense_replace):
+        x, _ = block(jax.tree.map(lambda leaf, i=i: leaf[i], params["dense"]), x, ctx)
+    return x
+
+
+def moe_layers(
+    params: PyTree,
+    biases: PyTree,
+    x: Float[Array, "B S D"],
+    ctx: Context,
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> tuple[Float[Array, "B S D"], MoEAux | None]:
+    """Run the layers that have a mixture of experts, in one loop unless the runtime unrolls them."""
+    if "moe" not in params:
+        return x, None
+    block = block_function(config, runtime, in_loop=not runtime.unroll_layers)
+
+    def layer(x: Array, group: tuple[PyTree, PyTree]) -> tuple[Array, MoEAux]:
+        layer_params, layer_biases = group
+        return block(layer_params, x, ctx.for_layer(bias_of(layer_biases)))
+
+    return jax.lax.scan(layer, x, (params["moe"], biases.get("moe", {})), unroll=runtime.unroll_layers or 1)
+
+
+def bias_of(layer_biases: PyTree) -> Float[Array, " E"] | None:
     """Return the router bias of one layer, or None where the model has none."""
     return layer_biases["moe"]["bias"] if layer_biases else None
 
@@ -171,11 +200,35 @@ def losses(
         biases: router biases, stacked.
         segments: document of each token, where attention is to stop at document borders.
     """
-    batch, length = tokens.shape[0], tokens.shape[1] - 1
     params = cast_weights(params, runtime.compute_dtype)
-    embedded = params["embed"][tokens]
-    ctx = context(config, length, segments=segments, balance_weight=balance_weight)
-    hidden, aux = hidden_states(params, biases, embedded[:, :-1], ctx, config=config, runtime=runtime)
+    ctx = context(config, tokens.shape[1] - 1, segments=segments, balance_weight=balance_weight)
+    x = dense_layers(params, params["embed"][tokens[:, :-1]], ctx, config=config, runtime=runtime)
+    x, aux = moe_layers(params, biases, x, ctx, config=config, runtime=runtime)
+    main, mtp_loss, mtp_aux = predictions(
+        params, biases, x, tokens, ctx, config=config, runtime=runtime, with_mtp=with_mtp
+    )
+    if aux is not None and mtp_aux is not None:
+        aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), aux, mtp_aux)
+    return Losses(main, mtp_loss, mtp_aux if aux is None else aux)
+
+
+def predictions(
+    params: PyTree,
+    biases: PyTree,
+    x: Float[Array, "B S D"],
+    tokens: Int[Array, "B S1"],
+    ctx: Context,
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+    with_mtp: bool = True,
+) -> tuple[Float[Array, ""], Float[Array, ""], MoEAux | None]:
+    """Return the main and the MTP loss of the states that the last main layer leaves, and the MTP modules' report.
+
+    Args:
+        params: stacked, weights in the compute format; embedding, final norm, head and MTP modules are used.
+    """
+    batch, length = tokens.shape[0], tokens.shape[1] - 1
 
     def mean_loss(hidden: Float[Array, "B S D"], ahead: int) -> Float[Array, ""]:
         """Return the cross-entropy of the token `ahead` further than the next one, divided by all S positions."""
@@ -185,18 +238,19 @@ def losses(
         flat = hidden.reshape(batch * length, -1)
         return cross_entropy(flat, params["head"], targets.ravel(), weights.ravel(), chunk=runtime.loss_chunk)
 
+    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
     main, depth = mean_loss(hidden, 0), config.num_nextn_predict_layers
     if not (with_mtp and depth):
-        return Losses(main, jnp.float32(0), aux)
+        return main, jnp.float32(0), None
 
-    block, mtp_losses, all_aux = block_function(config, runtime), [], [aux] if aux is not None else []
+    block, mtp_losses, all_aux = block_function(config, runtime), [], []
+    embedded = params["embed"][tokens[:, 1:]]
     for k in range(depth):
         module, bias = jax.tree.map(lambda leaf, k=k: leaf[k], (params["mtp"], biases.get("mtp", {})))
         # Position i embeds token i + k + 1; the last k positions have none, and no target either.
-        ahead = jnp.pad(embedded[:, 1 + k :], ((0, 0), (0, k), (0, 0)))
-        layer_ctx = ctx.for_layer(_bias(bias.get("block", {})))
+        ahead = jnp.pad(embedded[:, k:], ((0, 0), (0, k), (0, 0)))
+        layer_ctx = ctx.for_layer(bias_of(bias.get("block", {})))
         hidden, module_aux = mtp(module, hidden, ahead, layer_ctx, block, config=config)
         mtp_losses.append(mean_loss(hidden, k + 1))
-        all_aux.append(jax.tree.map(lambda leaf: leaf[None], module_aux))
-    aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *all_aux)
-    return Losses(main, sum(mtp_losses) / depth, aux)
+        all_aux.append(module_aux)
+    return main, sum(mtp_losses) / depth, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_aux)

@@ -107,7 +107,7 @@ def exchange_in_rounds(
 
     with jax.named_scope("dispatch"):
         queues = hops.queues_to_nodes(route, indices)
-        active = hops.active_rounds(route, queues, indices)
+        active = checkpoint_name(hops.active_rounds(route, queues, indices), "plan")
     y = one_round(0, 0, named=True)
     if active.size == 1:
         return y, jnp.ones((), jnp.int32)

@@ -44,8 +44,10 @@ STACKS = ("dense", "moe", "mtp")
 class Partition:
     """How one array is divided."""
 
+    stages: tuple[str, ...]
+    """Mesh axes that divide its axis 0, the layers."""
     owned: tuple[str, ...]
-    """Mesh axes that divide it, in computation too."""
+    """Mesh axes that divide it in computation too."""
     owned_axis: int | None
     """Axis of the array that they divide; None where there are none."""
     zero: tuple[str, ...]
@@ -53,11 +55,13 @@ class Partition:
     zero_axis: int | None
     """Axis of the array that they divide; None where there are none."""
     copies: tuple[str, ...]
-    """Mesh axes along which it is whole even between steps, though its gradients come from all of them."""
+    """Mesh axes of the batch along which it is whole even between steps, though its gradients come from all of them."""
 
     def spec(self, rank: int) -> PartitionSpec:
         """Return how an array of `rank` axes is divided between steps."""
         axes: list[tuple[str, ...] | None] = [None] * rank
+        if self.stages:
+            axes[0] = self.stages
         for axis, names in ((self.owned_axis, self.owned), (self.zero_axis, self.zero)):
             if axis is not None:
                 axes[axis] = names
@@ -68,24 +72,30 @@ def partition(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> Partition:
     """Return how the array at `path` of a tree of parameters is divided.
 
     ZeRO divides the longest axis that it can over all of its mesh axes; where none is divisible, over the mesh axes
-    that are left without the outermost; arrays too small for any stay whole.
+    that are left without the outermost; arrays too small for any stay whole. Stacked MoE layers are divided over the
+    stages of a pipeline; the other stacked arrays are used at its ends and are the same along it. Canonical arrays,
+    which no computation uses, are divided along it by ZeRO.
 
     Args:
-        path: of a tree in either layout of parameters; layers that are stacked are not divided.
+        path: of a tree in either layout of parameters.
     """
     names = [key.key for key in path]
-    rule = RULES["experts" if "experts" in names else ""]
-    owned, zero = (tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in (rule.owned, rule.zero))
-    expert_axis = len(shape) + EXPERT_AXIS[names[-1]] if rule.owned else None
     stacked = names[0] in STACKS and not names[1].isdigit()  # the canonical layout has mtp/0/..., mtp/1/...
+    rule = RULES["experts" if "experts" in names else ""]
+    zero = ("pipe", *rule.zero) if names[0] == "layers" else rule.zero
+    owned, zero, stages = (
+        tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        for axes in (rule.owned, zero, ("pipe",) if names[0] == "moe" else ())
+    )
+    expert_axis = len(shape) + EXPERT_AXIS[names[-1]] if rule.owned else None
     free = [axis for axis in range(int(stacked), len(shape)) if axis != expert_axis]
     owned_axis = expert_axis if owned else None
     for first in range(len(zero)):
         parts = math.prod(mesh.shape[axis] for axis in zero[first:])
         if divisible := [axis for axis in free if shape[axis] % parts == 0]:
             longest = max(divisible, key=lambda axis: shape[axis])
-            return Partition(owned, owned_axis, zero[first:], longest, zero[:first])
-    return Partition(owned, owned_axis, (), None, zero)
+            return Partition(stages, owned, owned_axis, zero[first:], longest, zero[:first])
+    return Partition(stages, owned, owned_axis, (), None, zero)
 
 
 def partitions(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -14,6 +14,9 @@ from dsjax.model.grouped_matmul import buffer_rows, default_alignment
 from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
 from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.transport import resolve as resolve_transport
+from dsjax.pipeline.simulate import simulate
+from dsjax.pipeline.stages import stage_layout
+from dsjax.pipeline.step import program_of
 from dsjax.runtime import Runtime
 from dsjax.training.progress import quantity
 from dsjax.training.schedule import Schedule
@@ -44,6 +47,22 @@ def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, dat
     console.print(f"run       {config.run}, {config.train.steps} steps")
 
 
+def _announce_pipeline(console: Console, config: Config) -> None:
+    """Show the schedule of a step after the ramp. Raise ValueError if there is none for some step's micro-batches."""
+    train = config.train
+    for size in Schedule(config).batch_sizes():  # a schedule that cannot be is found before any step is compiled
+        program = program_of(config, size // (train.micro_batch_size or size))
+    schedule = program.schedule
+    layers = ", ".join(map(str, stage_layout(config.model, schedule.route.stages).counts))
+    timeline = simulate(schedule)
+    bubble = max(timeline.bubble) / timeline.makespan
+    console.print(
+        f"pipeline  {schedule.name}, {schedule.ranks} ranks, {schedule.micro_batches} micro-batches in "
+        f"{len(program.ticks)} ticks, bubble {bubble:.0%}; MoE layers of the stages: {layers}; a rank holds the "
+        f"activations of {program.pools.residuals} micro-batches and {program.pools.tapes} waiting weight gradients"
+    )
+
+
 def tokens_of_device(config: Config) -> int:
     """Return how many tokens of a micro-batch a device gets."""
     micro_batch = config.train.micro_batch_size or config.train.batch_size
@@ -59,6 +78,8 @@ def _announce_mesh(console: Console, config: Config, mesh: Mesh, dtype: DTypeLik
     processes = len({device.process_index for device in mesh.devices.flat})
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     console.print(f"mesh      {axes}: {mesh.size} devices in {processes} process{'es' if processes > 1 else ''}")
+    if config.mesh.pipe > 1:
+        _announce_pipeline(console, config)
     if config.mesh.expert_shards == 1:
         return
     tokens = tokens_of_device(config)

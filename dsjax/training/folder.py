@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -15,6 +16,7 @@ from dsjax.config import Config
 from dsjax.data.tokens import TokenCache
 from dsjax.model.layout import stack, unstack
 from dsjax.parallel.agreement import on_first
+from dsjax.pipeline.stages import rows_of
 from dsjax.settings import to_dict, to_toml
 from dsjax.training.state import TrainState, abstract_state, from_canonical, to_canonical
 
@@ -22,7 +24,7 @@ MAY_CHANGE = {
     *("run", "data.path", "data.tokenizer", "data.cache"),
     *("train.log_every", "train.validate_every", "train.validation_sequences", "train.max_bad_steps"),
     *("checkpoint.every", "checkpoint.keep"),
-    *("mesh.pipe", "mesh.data", "mesh.node", "mesh.local"),
+    *("mesh.pipe", "mesh.data", "mesh.node", "mesh.local", "pipeline.schedule", "pipeline.max_deferred"),
     *("dispatch.transport", "dispatch.node_slack", "dispatch.device_slack"),
 }
 """Settings that a resumed run may have otherwise: its numbers do not depend on them, or only, in the last bits, by the
@@ -142,9 +144,12 @@ class RunFolder:
         except NoUsableCheckpoint as error:
             raise ValueError(f"run = {self._config.run!r}: {error}; begin anew with --fresh --overwrite") from None
         average = tree.pop("ema", None)
+        state = from_canonical(tree, self._config, mesh)
         if average is not None:
-            average = stack(average, self._config.model)
-        return Resumed(from_canonical(tree, self._config.model), average, metadata["seconds"])
+            average = stack(average, self._config.model, rows_of(self._config))
+            where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+            average = jax.jit(lambda average: average, out_shardings=where)(average)
+        return Resumed(state, average, metadata["seconds"])
 
     def _check(self, fingerprint: str) -> None:
         """Compare settings before any array is read: they best explain arrays that do not fit."""
@@ -180,9 +185,8 @@ class RunFolder:
 
     def save(self, state: TrainState, average: PyTree | None, fingerprint: str, seconds: float) -> None:
         """Start to write a checkpoint; returns when the arrays are copied."""
-        model = self._config.model
-        tree = to_canonical(state, model)
+        tree = to_canonical(state, self._config)
         if average is not None:
-            tree["ema"] = unstack(average, model)
+            tree["ema"] = unstack(average, self._config.model, rows_of(self._config))
         metadata = {"config": to_dict(self._config), "fingerprint": fingerprint, "seconds": seconds}
         self.checkpoints.save(int(state.step), tree, metadata)

@@ -239,10 +239,14 @@ class Run:
             flops_per_token=training_flops_per_token(model, self.config.data.sequence_length),
             peak_flops=peak_of_all(self.mesh),
             expert_shards=mesh.expert_shards,
-            round_bytes=bytes_of_round(
-                route_of(self.config, tokens_of_device(self.config)),
-                model,
-                jnp.dtype(self.runtime.compute_dtype).itemsize,
+            # A device has the layers of its own stages.
+            round_bytes=tuple(
+                size // mesh.pipe
+                for size in bytes_of_round(
+                    route_of(self.config, tokens_of_device(self.config)),
+                    model,
+                    jnp.dtype(self.runtime.compute_dtype).itemsize,
+                )
             ),
             on_record=display.update,
             seconds=self.seconds_before,

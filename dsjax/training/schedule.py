@@ -28,6 +28,11 @@ class Schedule:
         micro_batch = train.micro_batch_size or start
         return round((start + stage * (train.batch_size - start)) / micro_batch) * micro_batch
 
+    def batch_sizes(self) -> list[int]:
+        """Return how many sequences steps have, ascending, each number once; the last is that after the ramp."""
+        ramp = self._first_step(self.config.train.batch_ramp_fraction)
+        return sorted({self.batch_size(step) for step in range(ramp)} | {self.config.train.batch_size})
+
     def first_sequence(self, step: int) -> int:
         """Return how many sequences the steps before this one have read."""
         train = self.config.train

@@ -15,6 +15,7 @@ from dsjax.model.layout import stack
 from dsjax.model.transformer import abstract_parameters
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import shardings
+from dsjax.pipeline.stages import rows_of
 from dsjax.settings import to_dict
 from dsjax.training.state import TrainState, initial_state, state_of_weights, state_shardings
 
@@ -49,6 +50,7 @@ def first_state(config: Config, mesh: Mesh | None = None) -> TrainState:
         weights = load(source, where, np.float32)
     finally:
         source.close()
-    params, biases = stack(weights.params, config.model), stack(weights.biases, config.model)
+    rows = rows_of(config)
+    params, biases = stack(weights.params, config.model, rows), stack(weights.biases, config.model, rows)
     begin = functools.partial(state_of_weights, config=config)
     return jax.jit(begin, out_shardings=state_shardings(jax.eval_shape(begin, params, biases), mesh))(params, biases)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from dsjax.config import Config, ModelConfig
+from dsjax.config import Config
 from dsjax.model.layout import stack, unstack
 from dsjax.model.transformer import initial_parameters
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import shardings
+from dsjax.pipeline.stages import rows_of
 from dsjax.training.optimizer import Moments, initial_moments
 
 
@@ -68,33 +69,46 @@ def state_of_weights(params: PyTree, biases: PyTree, config: Config) -> TrainSta
 
 
 def _drawn_state(config: Config) -> TrainState:
-    return state_of_weights(*initial_parameters(config.model, config.train.seed), config)
+    return state_of_weights(*initial_parameters(config.model, config.train.seed, rows_of(config)), config)
 
 
-def to_canonical(state: TrainState, config: ModelConfig) -> PyTree:
+def to_canonical(state: TrainState, config: Config) -> PyTree:
     """Return the state as a checkpoint holds it: nested dicts, one array per layer and tensor."""
+
+    def unstacked(tree: PyTree) -> PyTree:
+        return unstack(tree, config.model, rows_of(config))
+
     return {
         "step": state.step,
-        "params": unstack(state.params, config),
-        "biases": unstack(state.biases, config),
+        "params": unstacked(state.params),
+        "biases": unstacked(state.biases),
         "moments": {
             "count": state.moments.count,
-            "first": unstack(state.moments.first, config),
-            "second": unstack(state.moments.second, config),
+            "first": unstacked(state.moments.first),
+            "second": unstacked(state.moments.second),
         },
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
 
 
-def from_canonical(tree: PyTree, config: ModelConfig) -> TrainState:
+def from_canonical(tree: PyTree, config: Config, mesh: Mesh | None = None) -> TrainState:
     """Return the state that a checkpoint holds; the inverse of `to_canonical`."""
+    state = _stacked(tree, config)
+    where = state_shardings(state, mesh or make_mesh(config.mesh))
+    return jax.jit(lambda state: state, out_shardings=where)(state)
+
+
+def _stacked(tree: PyTree, config: Config) -> TrainState:
+    def stacked(tree: PyTree) -> PyTree:
+        return stack(tree, config.model, rows_of(config))
+
     moments = tree["moments"]
     return TrainState(
         step=tree["step"],
-        params=stack(tree["params"], config),
-        biases=stack(tree["biases"], config),
-        moments=Moments(moments["count"], stack(moments["first"], config), stack(moments["second"], config)),
+        params=stacked(tree["params"]),
+        biases=stacked(tree["biases"]),
+        moments=Moments(moments["count"], stacked(moments["first"]), stacked(moments["second"])),
         skipped=tree["skipped"],
         skipped_in_a_row=tree["skipped_in_a_row"],
     )
@@ -103,7 +117,7 @@ def from_canonical(tree: PyTree, config: ModelConfig) -> TrainState:
 def abstract_state(config: Config, mesh: Mesh | None = None) -> PyTree:
     """Return shapes, dtypes and shardings of what `to_canonical` gives, without making any array."""
     mesh = mesh or make_mesh(config.mesh)
-    tree = to_canonical(jax.eval_shape(lambda: _drawn_state(config)), config.model)
+    tree = to_canonical(jax.eval_shape(lambda: _drawn_state(config)), config)
     everywhere = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda leaf: everywhere, tree)
     where["params"] = shardings(tree["params"], mesh)

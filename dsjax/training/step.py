@@ -15,8 +15,11 @@ from dsjax.model.moe import MoEAux
 from dsjax.model.router import updated_bias
 from dsjax.model.transformer import Losses, losses
 from dsjax.parallel.exchange import exchange_of
-from dsjax.parallel.mesh import BATCH_AXES, make_mesh
+from dsjax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from dsjax.parallel.sharding import batch_spec, gather, partitions, reduce_scatter, specs
+from dsjax.pipeline.evaluate import losses_of_device
+from dsjax.pipeline.stages import rows_of
+from dsjax.pipeline.step import loss_and_grads_of_device
 from dsjax.runtime import Runtime, full_precision
 from dsjax.training import optimizer
 from dsjax.training.state import TrainState, state_shardings
@@ -43,13 +46,23 @@ def segment_ids(tokens: Int[Array, "*B S"], end_of_document: int) -> Int[Array, 
     return jnp.cumsum(ends, axis=-1) - ends
 
 
+def _in_order(aux: MoEAux, config: Config) -> MoEAux:
+    """Return the report of layers in their order, from rows as a pipeline holds them."""
+    rows = rows_of(config)
+    if rows is None:
+        return aux
+    order = [rows.index(layer) for layer in range(sum(row is not None for row in rows))]
+    order += range(len(rows), len(rows) + config.model.num_nextn_predict_layers)
+    return jax.tree.map(lambda leaf: leaf[jnp.asarray(order)], aux)
+
+
 def _segments(config: Config, tokens: Array, end_of_document: int | None) -> Array | None:
     """Return the documents of a window's input tokens where attention is to stop at their borders."""
     if not config.data.document_mask:
         return None
     if end_of_document is None:
         raise ValueError("data.document_mask = True: needs the token that ends a document, which data.tokenizer has")
-    return segment_ids(tokens[:, :-1], end_of_document)
+    return segment_ids(tokens[..., :-1], end_of_document)
 
 
 def accumulated_loss_and_grads(
@@ -84,6 +97,8 @@ def accumulated_loss_and_grads(
         divided = partitions(params, mesh)
 
         def on_device(parts: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
+            if config.mesh.pipe > 1:
+                return pipelined(parts, biases, micro_batches, mtp_weight)
             weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
 
             def one(tokens: Array) -> tuple[PyTree, Losses]:
@@ -96,17 +111,30 @@ def accumulated_loss_and_grads(
             grads = jax.tree.map(lambda g: g * scale, reduce_scatter(grads, divided))
             return jax.tree.map(lambda leaf: leaf[None], losses), grads
 
+        def pipelined(parts: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
+            segments = _segments(config, micro_batches, end_of_document)
+            losses, grads = loss_and_grads_of_device(
+                config, runtime, divided, parts, biases, micro_batches, segments, mtp_weight
+            )
+            scale = 1 / (micro_batches.shape[0] * config.mesh.batch_shards)
+            return jax.tree.map(lambda leaf: leaf[None], losses), jax.tree.map(lambda g: g * scale, grads)
+
         divided_specs = specs(params, mesh)
         losses, grads = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(divided_specs, PartitionSpec(), batch_spec(3, axis=1), PartitionSpec()),
-            out_specs=(PartitionSpec(BATCH_AXES), divided_specs),
+            in_specs=(divided_specs, _bias_specs(biases), batch_spec(3, axis=1), PartitionSpec()),
+            out_specs=(PartitionSpec(AXES), divided_specs),
             check_vma=False,
         )(params, biases, micro_batches, mtp_weight)
-        return _over_devices(losses, micro_batches.shape[0]), grads
+        return _over_devices(losses, micro_batches.shape[0], config.mesh.pipe), grads
 
     return loss_and_grads
+
+
+def _bias_specs(biases: PyTree) -> PyTree:
+    """Return how a step divides router biases: those of MoE layers over the stages that have them."""
+    return {name: PartitionSpec("pipe" if name == "moe" else None) for name in biases}
 
 
 def on_mesh(runtime: Runtime, config: Config) -> Runtime:
@@ -127,17 +155,34 @@ def _summed(one: Callable[[Array], PyTree], micro_batches: Array) -> PyTree:
     return jax.lax.scan(body, zeros, micro_batches)[0]
 
 
-def _over_devices(losses: Losses, count: int) -> Losses:
+def _over_devices(losses: Losses, count: int, stages: int) -> Losses:
     """Return the losses of a step from each device's, [devices, ...], summed over its `count` micro-batches.
 
     Outside of `shard_map`, where a sum is over all devices and nothing else: the routers' biases must move by the same
     counts everywhere.
     """
+    if stages > 1:
+        return _over_pipeline(losses, count, stages)
     aux = losses.aux
     if aux is not None:
         balance_loss = aux.balance_loss.mean(axis=0) / count
         aux = MoEAux(aux.loads.sum(axis=0), balance_loss, aux.rounds.max(axis=0))
     return Losses(losses.main.mean() / count, losses.mtp.mean() / count, aux)
+
+
+def _over_pipeline(losses: Losses, count: int, ranks: int) -> Losses:
+    """The same of losses that each rank has for its own stages: its rows of MoE layers, and the ends of the model."""
+    main, mtp, (of_layers, of_mtp) = jax.tree.map(lambda leaf: leaf.reshape(ranks, -1, *leaf.shape[1:]), losses)
+
+    def over_rows(aux: MoEAux) -> MoEAux:
+        per_rank = MoEAux(aux.loads.sum(axis=1), aux.balance_loss.mean(axis=1) / count, aux.rounds.max(axis=1))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), per_rank)
+
+    aux = over_rows(of_layers)
+    if of_mtp is not None:
+        at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), of_mtp)
+        aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), aux, over_rows(at_end))
+    return Losses(main.sum(axis=0).mean() / count, mtp.sum(axis=0).mean() / count, aux)
 
 
 def make_train_step(
@@ -173,7 +218,7 @@ def make_train_step(
         moved = replace(state, params=params, biases=biases, moments=moments)
         state = _unless_finite(finite, moved, state)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
-        return state, jax.lax.with_sharding_constraint(_metrics(parts, norm, finite), everywhere)
+        return state, jax.lax.with_sharding_constraint(_metrics(parts, norm, finite, config), everywhere)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -199,10 +244,11 @@ def _unless_finite(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     )
 
 
-def _metrics(parts: Losses, norm: Array, finite: Array) -> dict[str, Array]:
+def _metrics(parts: Losses, norm: Array, finite: Array, config: Config) -> dict[str, Array]:
     metrics = {"loss": parts.main, "loss_mtp": parts.mtp, "grad_norm": norm, "finite": finite}
     if parts.aux is not None:
-        metrics |= {"loss_balance": parts.aux.balance_loss.mean(), "loads": parts.aux.loads, "rounds": parts.aux.rounds}
+        aux = _in_order(parts.aux, config)
+        metrics |= {"loss_balance": aux.balance_loss.mean(), "loads": aux.loads, "rounds": aux.rounds}
     return metrics
 
 
@@ -218,15 +264,19 @@ def make_evaluate(
         divided = partitions(params, mesh)
 
         def on_device(parts: PyTree, biases: PyTree, tokens: Array) -> dict[str, Array]:
-            weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
             segments = _segments(config, tokens, end_of_document)
-            found = losses(weights, biases, tokens, config=config.model, runtime=runtime, segments=segments)
-            return {"loss": found.main[None], "loss_mtp": found.mtp[None]}
+            if config.mesh.pipe > 1:
+                main, mtp = losses_of_device(config, runtime, divided, parts, biases, tokens, segments)
+                main, mtp = jax.lax.psum((main, mtp), "pipe")
+            else:
+                weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
+                main, mtp, _ = losses(weights, biases, tokens, config=config.model, runtime=runtime, segments=segments)
+            return {"loss": main[None], "loss_mtp": mtp[None]}
 
         found = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs(params, mesh), PartitionSpec(), batch_spec(2, axis=0)),
+            in_specs=(specs(params, mesh), _bias_specs(biases), batch_spec(2, axis=0)),
             out_specs=PartitionSpec(BATCH_AXES),
             check_vma=False,
         )(params, biases, tokens)

@@ -89,3 +89,12 @@ def test_no_ramp_and_no_warm_up():
     plain = schedule(10, replace(OptimizerConfig(), warmup=0.0), batch_size=6)
     assert [plain.batch_size(step) for step in (0, 9)] == [6, 6] and plain.first_sequence(7) == 42
     assert plain.learning_rate(0) == 2.2e-4
+
+
+def test_all_batch_sizes_are_known():
+    """Those that the steps have, and no others."""
+    plain = TrainConfig(steps=100, batch_size=16)
+    ramp = TrainConfig(steps=100, batch_size=16, micro_batch_size=2, batch_ramp_start=4, batch_ramp_fraction=0.3)
+    for train in (plain, ramp):
+        schedule = Schedule(Config(model=load_model_config("tiny"), train=train))
+        assert schedule.batch_sizes() == sorted({schedule.batch_size(step) for step in range(100)})

@@ -9,11 +9,11 @@ from dsjax.training.state import abstract_state, from_canonical, initial_state, 
 
 def test_canonical_form_and_back(start, small_run):
     state = start()
-    canonical = to_canonical(state, small_run.model)
+    canonical = to_canonical(state, small_run)
     assert set(canonical["params"]["layers"]) == {"0", "1", "2"} and set(canonical["params"]["mtp"]) == {"0"}
     assert set(canonical["moments"]) == {"count", "first", "second"}
     assert jax.tree.structure(canonical["moments"]["first"]) == jax.tree.structure(canonical["params"])
-    again = from_canonical(canonical, small_run.model)
+    again = from_canonical(canonical, small_run)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
@@ -23,7 +23,7 @@ def test_abstract_state_is_that_of_the_real_one(start, small_run):
         assert (abstract.shape, abstract.dtype) == (real.shape, real.dtype)
         assert abstract.sharding.is_equivalent_to(real.sharding, real.ndim)
 
-    jax.tree.map(check, abstract_state(small_run), to_canonical(start(), small_run.model))
+    jax.tree.map(check, abstract_state(small_run), to_canonical(start(), small_run))
 
 
 def test_seed_makes_the_state(start, small_run):

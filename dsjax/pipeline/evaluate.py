@@ -1,0 +1,99 @@
+"""Losses through a pipeline without gradients: sequences follow each other through the stages."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from dsjax.config import Config
+from dsjax.model.context import Context, context
+from dsjax.model.layers import cast_weights
+from dsjax.model.transformer import dense_layers, predictions
+from dsjax.parallel.sharding import gather
+from dsjax.pipeline.executor import AXIS
+from dsjax.pipeline.stages import (
+    FIRST,
+    LAST,
+    StageContext,
+    places_of,
+    route_of,
+    run_stage,
+    stage_layout,
+    with_stand_ins,
+)
+from dsjax.runtime import Runtime
+
+
+def losses_of_device(
+    config: Config,
+    runtime: Runtime,
+    divided: PyTree,
+    parts: PyTree,
+    biases: PyTree,
+    tokens: Int[Array, "b S1"],
+    segments: Int[Array, "b S"] | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the main and the MTP loss of a device's sequences, inside `shard_map`: zero but on the last stage's rank.
+
+    See `pipeline.step.loss_and_grads_of_device` for the arguments.
+    """
+    model, ranks, count = config.model, config.mesh.pipe, tokens.shape[0]
+    route, rank = route_of(config), lax.axis_index(AXIS)
+    layout = stage_layout(model, route.stages)
+    cast = cast_weights(parts, runtime.compute_dtype)
+    # A bidirectional pipeline's second copy has nothing to do here.
+    slots = range(2 if route.kind == "vee" else 1)
+    stage = [rank, route.stages - 1 - rank]
+
+    def rows(tree: PyTree, slot: int) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[slot * layout.places : (slot + 1) * layout.places], tree)
+
+    present = jnp.asarray([layout.present(stage) for stage in range(route.stages)])
+    weights = [
+        with_stand_ins(places_of(gather(rows(cast["moe"], slot), divided["moe"]), layout.places), present[stage[slot]])
+        for slot in slots
+    ]
+    edges = {name: part for name, part in cast.items() if name != "moe"}
+
+    def gathered(names: tuple[str, ...]) -> PyTree:
+        return {name: gather(edges[name], divided[name]) for name in names if name in edges}
+
+    def ctx_of(sequence: Int[Array, ""]) -> Context:
+        documents = None if segments is None else segments[sequence][None]
+        return context(model, tokens.shape[1] - 1, segments=documents)
+
+    def tick(carry: tuple, number: Int[Array, ""]) -> tuple[tuple, None]:
+        arrived, totals = carry
+        left = []
+        for slot in slots:
+            sequence = number - stage[slot]
+            in_use = (sequence >= 0) & (sequence < count)
+            sequence = jnp.clip(sequence, 0, count - 1)
+            window, ctx = tokens[sequence][None], ctx_of(sequence)
+
+            def embed(window=window, ctx=ctx) -> Array:
+                own = gathered(FIRST)
+                return dense_layers(own, own["embed"][window[:, :-1]], ctx, config=model, runtime=runtime)
+
+            x = lax.cond(stage[slot] == 0, embed, lambda slot=slot: arrived[slot])
+            stage_ctx = StageContext(ctx, rows(biases.get("moe", {}), slot), present[stage[slot]])
+            y, _ = run_stage(weights[slot], x, stage_ctx, config=model, runtime=runtime)
+
+            def finish(y=y, window=window, ctx=ctx) -> tuple[Array, Array]:
+                return predictions(gathered(LAST), biases, y, window, ctx, config=model, runtime=runtime)[:2]
+
+            zeros = (jnp.float32(0), jnp.float32(0))
+            found = lax.cond((stage[slot] == route.stages - 1) & in_use, finish, lambda zeros=zeros: zeros)
+            totals = jax.tree.map(jnp.add, totals, found)
+            left.append(y)
+        right = [(r, r + 1) for r in range(ranks - 1)]
+        coming = [lax.ppermute(left[0], AXIS, right)]
+        if route.kind == "vee":
+            back = lax.ppermute(left[1], AXIS, [(b, a) for a, b in right])
+            coming.append(jnp.where(rank == ranks - 1, left[0], back))
+        return (tuple(coming), totals), None
+
+    nothing = jnp.zeros((1, tokens.shape[1] - 1, model.hidden_size), runtime.compute_dtype)
+    start = (tuple(nothing for _ in slots), (jnp.float32(0), jnp.float32(0)))
+    (_, (main, mtp)), _ = lax.scan(tick, start, jnp.arange(count + route.stages - 1))
+    return main / count, mtp / count

@@ -1,0 +1,298 @@
+"""Runs a pipeline program on the devices of a mesh, inside `shard_map`: the same code on every rank, told by a table.
+
+Per tick each rank reads its row of the table and branches on its opcode; all reads of buffers come first, then the
+ops, then all writes; last, what leaves for a neighbour is sent, and stored where the receiver's row says. In steady
+state all ranks have the same opcode, so that there is no branch, and XLA can run one op's all-to-alls under the other's
+products.
+
+Buffers hold activations (inputs of stages), gradients (of their outputs), residuals and tapes (see `pipeline.chunk`);
+their depths and who lies where are the program's (see `pipeline.program`), and do not grow with micro-batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, PyTree
+
+from dsjax.pipeline.chunk import SplitVJP, split_vjp
+from dsjax.pipeline.program import Field, Program, Segment
+from dsjax.pipeline.schedule import Kind
+
+AXIS = "pipe"
+
+
+class Model(NamedTuple):
+    """What the executor runs; `micro_batch` is a number, an int32 scalar."""
+
+    chunk: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    """The layers of a stage, `(weights, x, ctx) -> (y, aux)`."""
+    context: Callable[[int, Array], PyTree]
+    """`(slot, micro_batch) -> ctx`."""
+    embed: Callable[[PyTree, Array], PyTree]
+    """What the first stage begins with: `(edges, micro_batch) -> x`."""
+    finish: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+    """What the last stage ends with: `(edges, y, micro_batch) -> (objective, report)`."""
+    gather: Callable[[PyTree], PyTree]
+    """Edges as they compute from edges as they are held; without collectives over the pipe axis."""
+    reduce: Callable[[PyTree], PyTree]
+    """The transpose: gradients as they are held."""
+    first: tuple[str, ...]
+    """Names of the edges that `embed` uses."""
+    last: tuple[str, ...]
+    """Names of the edges that `finish` uses."""
+
+
+class Results(NamedTuple):
+    """What one device has of a step."""
+
+    grads: tuple[PyTree, ...]
+    """Of the weights of each slot, float32, summed over micro-batches."""
+    edge_grads: PyTree
+    """Of the edges as they are held, float32; zero but on ranks that have the first or the last stage."""
+    aux: tuple[PyTree, ...]
+    """What the chunks of each slot reported, summed over micro-batches."""
+    report: PyTree
+    """What `finish` reported, summed over micro-batches."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    activations: PyTree
+    gradients: PyTree
+    residuals: tuple[Array, ...]
+    tapes: tuple[Array, ...]
+    results: Results
+
+
+def run(program: Program, model: Model, weights: tuple[PyTree, ...], edges: PyTree, x: PyTree) -> Results:
+    """Run a program on this device.
+
+    Args:
+        weights: of the stage in each physical slot.
+        edges: what the first and the last stage use besides, as it is held.
+        x: shape of what passes from stage to stage, as `jax.ShapeDtypeStruct`.
+    """
+    return _Executor(program, model, weights, edges, x).run()
+
+
+class _Executor:
+    def __init__(self, program: Program, model: Model, weights: tuple[PyTree, ...], edges: PyTree, x: PyTree):
+        self.program, self.model, self.weights, self.edges, self.x = program, model, weights, edges, x
+        self.row_of_rank = lax.axis_index(AXIS)
+        none = jnp.zeros((), jnp.int32)
+        self.pieces: SplitVJP = split_vjp(model.chunk, weights[0], x, model.context(0, none))
+        self.report = jax.eval_shape(
+            lambda edges, y: model.finish(model.gather(edges), y, none)[1], self._edges(model.last), x
+        )
+
+    def run(self) -> Results:
+        state = self._start()
+        table = jnp.asarray(self.program.table)
+        for segment in self.program.segments:
+            state = self._segment(state, segment, table)
+        return state.results
+
+    def _start(self) -> _State:
+        pools, pieces = self.program.pools, self.pieces
+
+        def buffer(depth: int, like: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), like)
+
+        def zeros(like: PyTree, dtype: Any = None) -> PyTree:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), like)
+
+        results = Results(
+            grads=tuple(zeros(slot, jnp.float32) for slot in self.weights),
+            edge_grads=zeros(self.edges, jnp.float32),
+            aux=tuple(zeros(pieces.aux_avals) for _ in self.weights),
+            report=zeros(self.report),
+        )
+        return _State(
+            activations=buffer(pools.activations + 1, self.x),
+            gradients=buffer(pools.gradients + 1, self.x),
+            residuals=buffer(pools.residuals, pieces.residual_avals),
+            tapes=buffer(pools.tapes, pieces.tape_avals) if pools.tapes else (),
+            results=results,
+        )
+
+    def _segment(self, state: _State, segment: Segment, table: Int[Array, "ticks ranks fields"]) -> _State:
+        period = len(segment.phases)
+
+        def body(state: _State, rows: Int[Array, "period ranks fields"]) -> tuple[_State, None]:
+            for phase, row in zip(segment.phases, rows, strict=True):
+                row = row[self.row_of_rank]
+                branches = [self._branch(self.program.opcodes[code]) for code in phase.opcodes]
+                if len(branches) == 1:
+                    state, sent = branches[0](state, row)
+                else:
+                    which = jnp.searchsorted(jnp.asarray(phase.opcodes), row[Field.OPCODE])
+                    state, sent = lax.switch(which, branches, state, row)
+                for transfer in phase.transfers:
+                    arrived = jax.tree.map(
+                        lambda leaf, transfer=transfer: lax.ppermute(leaf, AXIS, transfer.pairs), sent[transfer.payload]
+                    )
+                    slot = row[transfer.channels[0].field]
+                    for channel in transfer.channels[1:]:
+                        slot = jnp.minimum(slot, row[channel.field])
+                    buffer = {"activation": "activations", "gradient": "gradients"}[transfer.payload]
+                    state = replace(state, **{buffer: _put(getattr(state, buffer), arrived, slot)})
+            return state, None
+
+        rows = table[segment.start : segment.stop].reshape(-1, period, *table.shape[1:])
+        if len(rows) == 1:
+            return body(state, rows[0])[0]
+        return lax.scan(body, state, rows)[0]
+
+    def _branch(self, opcode: tuple[tuple[Kind, int], ...]) -> Callable:
+        """Return what a rank does in a tick: `(state, row) -> (state, {"activation": y, "gradient": dx})`."""
+
+        def branch(state: _State, row: Int[Array, " fields"]) -> tuple[_State, dict[str, PyTree]]:
+            read: dict[Kind, Any] = {}
+            for kind, _ in opcode:
+                match kind:
+                    case Kind.F:
+                        read[kind] = _at(state.activations, row[Field.F_INPUT])
+                    case Kind.B | Kind.I:
+                        read[kind] = (
+                            _at(state.residuals, row[Field.B_RESIDUAL]),
+                            _at(state.gradients, row[Field.B_INPUT]),
+                        )
+                    case Kind.W:
+                        read[kind] = _at(state.tapes, row[Field.W_TAPE])
+            # Reads come before writes: otherwise XLA copies whole buffers to have both.
+            read, state = _barrier(read, state)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
+            sent = {"activation": zeros, "gradient": zeros}
+            for kind, slot in opcode:
+                match kind:
+                    case Kind.F:
+                        with jax.named_scope("F"):
+                            state, sent["activation"] = self._forward(state, row, slot, read[kind])
+                    case Kind.B | Kind.I:
+                        with jax.named_scope(str(kind)):
+                            state, sent["gradient"] = self._backward(state, row, slot, kind, *read[kind])
+                    case Kind.W:
+                        with jax.named_scope("W"):
+                            state = _add_grads(state, slot, self.pieces.bwd_weight(self.weights[slot], read[kind]))
+            return state, sent
+
+        return branch
+
+    def _has(self, stage: int, slot: int) -> bool:
+        """Return whether any rank has a stage in a slot."""
+        return any(stages[slot] == stage for stages in self.program.stages)
+
+    @property
+    def _last_stage(self) -> int:
+        return max(map(max, self.program.stages))
+
+    def _forward(self, state: _State, row: Int[Array, " fields"], slot: int, x: PyTree) -> tuple[_State, PyTree]:
+        model, micro_batch = self.model, row[Field.F_MICRO_BATCH]
+        if self._has(0, slot):
+
+            def embed() -> PyTree:
+                return model.embed(model.gather(self._edges(model.first)), micro_batch)
+
+            x = self._only_if(row[Field.F_FIRST], embed, lambda: x)
+        y, aux, residuals = self.pieces.fwd(self.weights[slot], x, model.context(slot, micro_batch))
+        results = state.results
+        all_aux = tuple(
+            jax.tree.map(jnp.add, before, aux) if at == slot else before for at, before in enumerate(results.aux)
+        )
+        state = replace(
+            state,
+            residuals=_put(state.residuals, residuals, row[Field.F_RESIDUAL]),
+            results=results._replace(aux=all_aux),
+        )
+        if self.program.schedule.route.kind == "vee":
+            state = replace(state, activations=_put(state.activations, y, row[Field.F_TURN]))
+        if self._has(self._last_stage, slot):
+            state = self._finish(state, row, y)
+        return state, y
+
+    def _finish(self, state: _State, row: Int[Array, " fields"], y: PyTree) -> _State:
+        """Compute the loss and the gradient of the last stage's output at once: logits are never kept."""
+        model, micro_batch, results = self.model, row[Field.F_MICRO_BATCH], state.results
+
+        def last() -> tuple[PyTree, PyTree, PyTree]:
+            grad = jax.grad(model.finish, argnums=(0, 1), has_aux=True)
+            (d_edges, dy), report = grad(model.gather(self._edges(model.last)), y, micro_batch)
+            return dy, self._with_edges(results, d_edges), jax.tree.map(jnp.add, results.report, report)
+
+        def not_last() -> tuple[PyTree, PyTree, PyTree]:
+            return jax.tree.map(jnp.zeros_like, y), results.edge_grads, results.report
+
+        dy, edge_grads, report = self._only_if(row[Field.F_LAST], last, not_last)
+        return replace(
+            state,
+            gradients=_put(state.gradients, dy, row[Field.F_LOSS]),
+            results=results._replace(edge_grads=edge_grads, report=report),
+        )
+
+    def _backward(
+        self, state: _State, row: Int[Array, " fields"], slot: int, kind: Kind, residuals: PyTree, dy: PyTree
+    ) -> tuple[_State, PyTree]:
+        model, micro_batch = self.model, row[Field.B_MICRO_BATCH]
+        ctx = model.context(slot, micro_batch)
+        if kind is Kind.B:
+            dx, grads = self.pieces.bwd(self.weights[slot], residuals, ctx, dy)
+            state = _add_grads(state, slot, grads)
+        else:
+            dx, tape = self.pieces.bwd_input(self.weights[slot], residuals, ctx, dy)
+            state = replace(state, tapes=_put(state.tapes, tape, row[Field.B_TAPE]))
+        if self._has(0, slot):
+            results = state.results
+
+            def first() -> PyTree:
+                edges = model.gather(self._edges(model.first))
+                _, transpose = jax.vjp(lambda edges: model.embed(edges, micro_batch), edges)
+                return self._with_edges(results, transpose(dx)[0])
+
+            edge_grads = self._only_if(row[Field.B_FIRST], first, lambda: results.edge_grads)
+            state = replace(state, results=results._replace(edge_grads=edge_grads))
+        if self.program.schedule.route.kind == "vee":
+            state = replace(state, gradients=_put(state.gradients, dx, row[Field.B_TURN]))
+        return state, dx
+
+    def _edges(self, names: tuple[str, ...]) -> PyTree:
+        return {name: self.edges[name] for name in names}
+
+    def _with_edges(self, results: Results, grads: PyTree) -> PyTree:
+        """Return the gradients of the edges with those of one more micro-batch."""
+        new = self.model.reduce(_float32(grads))
+        return results.edge_grads | jax.tree.map(jnp.add, {name: results.edge_grads[name] for name in new}, new)
+
+    def _only_if(self, flag: Int[Array, ""], then: Callable[[], PyTree], otherwise: Callable[[], PyTree]) -> PyTree:
+        """Branch on a flag of the table; with a single rank, which has all stages, there is nothing to ask."""
+        return then() if self.program.schedule.ranks == 1 else lax.cond(flag > 0, then, otherwise)
+
+
+def _add_grads(state: _State, slot: int, grads: PyTree) -> _State:
+    results = state.results
+    total = jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), results.grads[slot], grads)
+    return replace(state, results=results._replace(grads=(*results.grads[:slot], total, *results.grads[slot + 1 :])))
+
+
+def _float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _at(buffer: PyTree, slot: Int[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False), buffer)
+
+
+def _put(buffer: PyTree, value: PyTree, slot: Int[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), buffer, value)
+
+
+def _barrier(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
+    buffers = (state.activations, state.gradients, state.residuals, state.tapes)
+    kinds = list(read)
+    values, (activations, gradients, residuals, tapes) = lax.optimization_barrier(([read[k] for k in kinds], buffers))
+    state = replace(state, activations=activations, gradients=gradients, residuals=residuals, tapes=tapes)
+    return dict(zip(kinds, values, strict=True)), state

@@ -1,0 +1,161 @@
+"""The model cut into the stages of a pipeline: which layers are where, and what the first and last stage do besides.
+
+A stage is some of the MoE layers. All stages have arrays of one shape, because one program runs on all ranks, so each
+has as many places for layers as the largest needs; the largest are in the middle, because the first stage also embeds
+and has the dense layers, and the last also has the MTP modules, the head and the losses. DeepSeek-V3's 58 MoE layers on
+16 stages are 3 at either end and 4 in the middle: stages 3 to 12. A place without a layer computes with the weights of
+the place before it, so that its routing is like any other's, and its result is not used: no rank could go on earlier,
+since the ranks keep step.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from dsjax.config import Config, ModelConfig
+from dsjax.model.block import block_function
+from dsjax.model.context import Context
+from dsjax.model.layout import Rows
+from dsjax.model.moe import MoEAux
+from dsjax.model.transformer import bias_of
+from dsjax.pipeline.schedule import SCHEDULES, Route, Schedule
+from dsjax.runtime import Runtime
+
+FIRST = ("embed", "dense")
+"""Parameters that the first stage uses besides its layers."""
+LAST = ("embed", "norm", "head", "mtp")
+"""The same of the last stage; MTP modules embed tokens too."""
+
+
+def schedule_of(config: Config, micro_batches: int) -> Schedule:
+    """Return the schedule of a step of so many micro-batches. Without a pipeline, one follows the other.
+
+    Raises:
+        ValueError: the schedule cannot be; the message has the nearest legal numbers.
+    """
+    if config.mesh.pipe == 1:
+        return SCHEDULES["1f1b"](1, micro_batches)
+    return SCHEDULES[config.pipeline.schedule](
+        config.mesh.pipe, micro_batches, max_deferred=config.pipeline.max_deferred or None
+    )
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """Which MoE layers each stage has, counted from 0."""
+
+    counts: tuple[int, ...]
+    """Layers of each stage, in order."""
+
+    @property
+    def places(self) -> int:
+        """Places for layers in every stage."""
+        return max(self.counts)
+
+    def layers(self, stage: int) -> range:
+        """Return the layers of a stage."""
+        first = sum(self.counts[:stage])
+        return range(first, first + self.counts[stage])
+
+    def present(self, stage: int) -> list[bool]:
+        """Return which places of a stage have a layer."""
+        return [place < self.counts[stage] for place in range(self.places)]
+
+
+def stage_layout(model: ModelConfig, stages: int) -> StageLayout:
+    """Divide a model's MoE layers into stages as evenly as can be, the larger ones in the middle.
+
+    Raises:
+        ValueError: there are fewer layers than stages.
+    """
+    layers = model.num_hidden_layers - model.first_k_dense_replace
+    if layers < stages and stages > 1:
+        raise ValueError(
+            f"mesh.pipe: {stages} stages of a model with {layers} MoE layers: every stage needs one, so at most "
+            f"{layers} stages"
+        )
+    least, more = divmod(layers, stages)
+    from_middle = sorted(range(stages), key=lambda stage: (-min(stage, stages - 1 - stage), stage))
+    larger = set(from_middle[:more])
+    return StageLayout(tuple(least + (stage in larger) for stage in range(stages)))
+
+
+def route_of(config: Config) -> Route:
+    """Return where a run's stages are."""
+    kinds = {"dualpipe": "bidirectional", "dualpipev": "vee"}
+    return Route(kinds.get(config.pipeline.schedule, "single") if config.mesh.pipe > 1 else "single", config.mesh.pipe)
+
+
+def rows_of(config: Config) -> Rows | None:
+    """Return which MoE layer each row of the stacked arrays holds, rank after rank; None without a pipeline.
+
+    Rank r holds stage r, and in a vee stage 2P - 1 - r behind it. A bidirectional pipeline's second copy is made inside
+    the step, from that of its mirror.
+    """
+    if config.mesh.pipe == 1:
+        return None
+    route = route_of(config)
+    layout = stage_layout(config.model, route.stages)
+    stages = [route.stage(rank, slot) for rank in range(route.ranks) for slot in range(2 if route.kind == "vee" else 1)]
+    return tuple(layer for s in stages for layer in (*layout.layers(s), *[None] * (layout.places - layout.counts[s])))
+
+
+def layers_in_order(config: Config) -> list[int] | None:
+    """Return the row of each MoE layer, None without a pipeline."""
+    rows = rows_of(config)
+    return rows and [rows.index(layer) for layer in range(sum(row is not None for row in rows))]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StageContext:
+    """What the layers of a stage read and no gradient flows into."""
+
+    context: Context
+    biases: PyTree
+    """Router biases of the places, [places, E]; empty where the model has none."""
+    present: Bool[Array, " places"]
+    """Which places have a layer."""
+
+
+def run_stage(
+    places: tuple[PyTree, ...],
+    x: Float[Array, "B S D"],
+    ctx: StageContext,
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> tuple[Float[Array, "B S D"], MoEAux]:
+    """Run the layers of a stage one by one: a chunk, see `pipeline.chunk`.
+
+    Args:
+        places: parameters of each place, in the compute format.
+    """
+    block = block_function(config, runtime)
+    all_aux = []
+    for place, params in enumerate(places):
+        bias = bias_of(jax.tree.map(lambda leaf, place=place: leaf[place], ctx.biases))
+        balance_weight = jnp.where(ctx.present[place], ctx.context.balance_weight, 0.0)
+        y, aux = block(params, x, replace(ctx.context, balance_weight=balance_weight).for_layer(bias))
+        x = jnp.where(ctx.present[place], y, x)
+        all_aux.append(jax.tree.map(lambda leaf, place=place: jnp.where(ctx.present[place], leaf, 0), aux))
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_aux)
+
+
+def places_of(stage: PyTree, count: int) -> tuple[PyTree, ...]:
+    """Return the parameters of each place from stacked ones."""
+    return tuple(jax.tree.map(lambda leaf, place=place: leaf[place], stage) for place in range(count))
+
+
+def with_stand_ins(places: tuple[PyTree, ...], present: Bool[Array, " places"]) -> tuple[PyTree, ...]:
+    """Give places without a layer the weights of the place before them."""
+    filled = [places[0]]
+    for place in range(1, len(places)):
+        filled.append(
+            jax.tree.map(
+                lambda own, before, place=place: jnp.where(present[place], own, before), places[place], filled[-1]
+            )
+        )
+    return tuple(filled)

@@ -1,0 +1,160 @@
+"""Loss and gradients of a step through a pipeline, on one device of the mesh.
+
+One copy of every weight is kept, divided over the mesh. From it a step makes what its schedule needs: a bidirectional
+pipeline's second copy comes from the mirror rank, and goes back as gradients; ranks with odd numbers hold their two
+stages the other way round, so that in steady state all ranks do the same (see `pipeline.program`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from dsjax.config import Config
+from dsjax.model.context import context
+from dsjax.model.layers import cast_weights
+from dsjax.model.transformer import Losses, dense_layers, predictions
+from dsjax.parallel.sharding import gather, reduce_scatter
+from dsjax.pipeline import executor
+from dsjax.pipeline.executor import AXIS
+from dsjax.pipeline.program import Program, compile_program
+from dsjax.pipeline.stages import (
+    FIRST,
+    LAST,
+    StageContext,
+    places_of,
+    route_of,
+    run_stage,
+    schedule_of,
+    stage_layout,
+    with_stand_ins,
+)
+from dsjax.runtime import Runtime
+
+
+@functools.lru_cache(maxsize=16)
+def program_of(config: Config, micro_batches: int) -> Program:
+    """Return the program of a step of so many micro-batches."""
+    return compile_program(schedule_of(config, micro_batches))
+
+
+def loss_and_grads_of_device(
+    config: Config,
+    runtime: Runtime,
+    divided: PyTree,
+    parts: PyTree,
+    biases: PyTree,
+    micro_batches: Int[Array, "A b S1"],
+    segments: Int[Array, "A b S"] | None,
+    mtp_weight: Float[Array, ""],
+) -> tuple[Losses, PyTree]:
+    """Return the losses and the gradients of one device, inside `shard_map`, summed over micro-batches.
+
+    The losses are those of the device's own sequences and stages: zero where another rank has the last stage; loads of
+    MoE layers in the order of the rank's rows. The gradients are summed over all devices, and divided as `parts` are.
+
+    Args:
+        divided: how the parameters are divided, see `parallel.sharding`.
+        parts: the device's parts of the parameters, stacked, float32; rows of MoE layers as `stages.rows_of` has them.
+        biases: router biases; those of MoE layers are the rank's rows.
+        segments: documents of the tokens, where attention stops at their borders.
+    """
+    model, ranks = config.model, config.mesh.pipe
+    sequences, length = micro_batches.shape[1], micro_batches.shape[2] - 1
+    program, route = program_of(config, micro_batches.shape[0]), route_of(config)
+    layout = stage_layout(model, route.stages)
+    mirror = _Slots(route.kind, ranks, layout.places)
+    cast = cast_weights(parts, runtime.compute_dtype)
+
+    weights, slot_biases = mirror.open(cast["moe"]), mirror.open(biases.get("moe", {}))
+    present = jnp.asarray([[layout.present(stage) for stage in stages] for stages in program.stages])
+    present = present[lax.axis_index(AXIS)]
+    weights = tuple(
+        with_stand_ins(places_of(gather(slot, divided["moe"]), layout.places), present[i])
+        for i, slot in enumerate(weights)
+    )
+
+    def ctx_of(micro_batch: Int[Array, ""]):
+        documents = None if segments is None else segments[micro_batch]
+        return context(model, length, segments=documents, balance_weight=config.train.balance_weight)
+
+    def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
+        tokens = micro_batches[micro_batch]
+        x = edges["embed"][tokens[:, :-1]]
+        return dense_layers(edges, x, ctx_of(micro_batch), config=model, runtime=runtime)
+
+    def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
+        main, mtp, aux = predictions(
+            edges,
+            biases,
+            y,
+            micro_batches[micro_batch],
+            ctx_of(micro_batch),
+            config=model,
+            runtime=runtime,
+            with_mtp=bool(model.num_nextn_predict_layers),
+        )
+        return main + mtp_weight * mtp, (main, mtp, aux)
+
+    edges = {name: part for name, part in cast.items() if name != "moe"}
+    results = executor.run(
+        program,
+        executor.Model(
+            chunk=functools.partial(run_stage, config=model, runtime=runtime),
+            context=lambda slot, micro_batch: StageContext(ctx_of(micro_batch), slot_biases[slot], present[slot]),
+            embed=embed,
+            finish=finish,
+            gather=lambda edges: gather(edges, {name: divided[name] for name in edges}),
+            reduce=lambda grads: reduce_scatter(grads, {name: divided[name] for name in grads}),
+            first=tuple(name for name in FIRST if name in edges),
+            last=tuple(name for name in LAST if name in edges),
+        ),
+        weights,
+        edges,
+        jax.ShapeDtypeStruct((sequences, length, model.hidden_size), runtime.compute_dtype),
+    )
+    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in results.grads]
+    grads = lax.psum(results.edge_grads, AXIS)
+    grads["moe"] = mirror.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
+    main, mtp, mtp_aux = results.report
+    return Losses(main, mtp, (mirror.close(list(results.aux)), mtp_aux)), grads
+
+
+class _Slots:
+    """From the rows that a rank keeps to the stages in its physical slots, and back with their gradients."""
+
+    def __init__(self, kind: str, ranks: int, places: int):
+        self.kind, self.places = kind, places
+        self.mirror = [(rank, ranks - 1 - rank) for rank in range(ranks)]
+
+    def open(self, rows: PyTree) -> tuple[PyTree, ...]:
+        """Return what each physical slot holds, [places, ...], from the rows of this rank."""
+        match self.kind:
+            case "single":
+                return (rows,)
+            case "bidirectional":
+                slots = rows, self._from_mirror(rows)
+            case "vee":
+                parts = (slice(self.places), slice(self.places, None))
+                slots = tuple(jax.tree.map(lambda leaf, part=part: leaf[part], rows) for part in parts)
+        return self._swapped(slots)
+
+    def close(self, slots: list[PyTree]) -> PyTree:
+        """The transpose of `open`: add what belongs to the same rows."""
+        if self.kind == "single":
+            return slots[0]
+        near, far = self._swapped(tuple(slots))
+        if self.kind == "bidirectional":
+            return jax.tree.map(jnp.add, near, self._from_mirror(far))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), near, far)
+
+    def _from_mirror(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: lax.ppermute(leaf, AXIS, self.mirror), tree)
+
+    def _swapped(self, slots: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        odd = lax.axis_index(AXIS) % 2 == 1
+        return tuple(
+            jax.tree.map(lambda own, other: jnp.where(odd, other, own), slots[i], slots[1 - i]) for i in (0, 1)
+        )

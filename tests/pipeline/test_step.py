@@ -1,0 +1,151 @@
+"""The real model through every schedule, against the step without a pipeline."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import MTP_WEIGHT, ROOMY, TIGHT
+
+from dsjax.config import Config, MeshConfig, PipelineConfig
+from dsjax.model.layout import unstack
+from dsjax.pipeline.stages import rows_of, stage_layout
+from dsjax.runtime import Runtime
+from dsjax.training.state import from_canonical, initial_state, to_canonical
+from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step
+
+FAST = [
+    ("dualpipe", MeshConfig(pipe=4, node=2), {"mtp": 1, "remat": "report", "dense": 1}),
+    ("zb1p", MeshConfig(pipe=4), {"mtp": 1, "remat": "report", "dense": 0}),
+    ("1f1b", MeshConfig(pipe=2, data=2, local=2), {"mtp": 0, "remat": "full", "dense": 1}),
+    ("gpipe", MeshConfig(pipe=4), {"mtp": 0, "remat": "full", "dense": 1}),
+]
+SLOW = [
+    ("dualpipe", MeshConfig(pipe=2, data=2, local=2), {"mtp": 0, "remat": "none", "dense": 1}),
+    ("dualpipe", MeshConfig(pipe=2), {"mtp": 1, "remat": "full", "dense": 1}),
+    ("dualpipev", MeshConfig(pipe=2, local=2), {"mtp": 1, "remat": "none", "dense": 1}),
+    ("dualpipev", MeshConfig(pipe=4, node=2), {"mtp": 0, "remat": "report", "dense": 1}),
+    ("zb1p", MeshConfig(pipe=2, data=2, node=2), {"mtp": 0, "remat": "none", "dense": 1}),
+    ("1f1b", MeshConfig(pipe=4, node=2), {"mtp": 1, "remat": "none", "dense": 1}),
+    ("gpipe", MeshConfig(pipe=2, local=2), {"mtp": 1, "remat": "report", "dense": 1}),
+]
+KNOBS = Knobs(1e-2, 0.3, 1e-3)
+
+
+def named(cases, dispatch, *marks):
+    return [
+        pytest.param(*case, dispatch, marks=marks, id=f"{case[0]}-{'x'.join(str(n) for n in vars(case[1]).values())}")
+        for case in cases
+    ]
+
+
+@pytest.fixture(scope="module")
+def micro_batches():
+    """Eight micro-batches of four sequences."""
+    return jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 4, 17)), jnp.int32)
+
+
+def config_of(run: Config, *, mtp: int, remat: str, dense: int) -> Config:
+    model = replace(run.model, num_hidden_layers=5 + dense, first_k_dense_replace=dense, num_nextn_predict_layers=mtp)
+    return replace(run, model=model, train=replace(run.train, batch_size=32, micro_batch_size=4, remat=remat))
+
+
+def found(config, micro_batches):
+    """Losses, and gradients in the canonical layout."""
+    state = initial_state(config)
+    function = jax.jit(accumulated_loss_and_grads(config, Runtime(remat=config.train.remat)))
+    losses, grads = function(state.params, state.biases, micro_batches, MTP_WEIGHT)
+    return jax.device_get((losses, unstack(grads, config.model, rows_of(config))))
+
+
+@pytest.fixture(scope="module")
+def alone(run, micro_batches):
+    known = {}
+
+    def find(settings):
+        key = tuple(settings.values())
+        if key not in known:
+            known[key] = found(config_of(run, **settings), micro_batches)
+        return known[key]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mesh", "settings", "dispatch"), [*named(FAST, ROOMY), *named(SLOW, TIGHT, pytest.mark.slow)]
+)
+def test_losses_and_every_gradient_are_those_without_a_pipeline(
+    run, micro_batches, alone, schedule, mesh, settings, dispatch
+):
+    pipelined = replace(
+        config_of(run, **settings), mesh=mesh, dispatch=dispatch, pipeline=PipelineConfig(schedule=schedule)
+    )
+    losses, grads = found(pipelined, micro_batches)
+    expected, expected_grads = alone(settings)
+    np.testing.assert_allclose(losses.main, expected.main, rtol=1e-6)
+    np.testing.assert_allclose(losses.mtp, expected.mtp, rtol=1e-6)
+    rows = rows_of(pipelined)
+    order = [rows.index(layer) for layer in range(5)] + [len(rows)] * settings["mtp"]
+    np.testing.assert_array_equal(losses.aux.loads[order], expected.aux.loads)
+    np.testing.assert_allclose(losses.aux.balance_loss[order], expected.aux.balance_loss, rtol=1e-5)
+    for (path, grad), want in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        error = np.linalg.norm(grad - want) / np.linalg.norm(want)
+        assert error < 1e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_steps_evaluation_and_the_state_on_another_mesh(run, micro_batches):
+    """Two optimizer steps; then the state goes to the other mesh, and evaluates the same there."""
+    plain = config_of(run, mtp=1, remat="full", dense=1)
+    # Adam would make much of the last bits of small gradients.
+    plain = replace(plain, optimizer=replace(plain.optimizer, eps=1e-4))
+    piped = replace(
+        plain, dispatch=ROOMY, mesh=MeshConfig(pipe=4, local=2), pipeline=PipelineConfig(schedule="dualpipe")
+    )
+    ends = []
+    for config in (plain, piped):
+        state, step, evaluate = (
+            initial_state(config),
+            make_train_step(config, Runtime()),
+            make_evaluate(config, Runtime()),
+        )
+        for _ in range(2):
+            state, metrics = step(state, micro_batches, KNOBS)
+        losses = evaluate(state.params, state.biases, micro_batches[0])
+        ends.append((metrics, losses, jax.device_get(to_canonical(state, config)), evaluate))
+    (metrics, losses, tree, evaluate), (piped_metrics, piped_losses, piped_tree, piped_evaluate) = ends
+    for key in ("loss", "loss_mtp", "loss_balance", "grad_norm"):
+        np.testing.assert_allclose(piped_metrics[key], metrics[key], rtol=1e-5)
+    np.testing.assert_array_equal(piped_metrics["loads"].sum(1), metrics["loads"].sum(1))
+    np.testing.assert_allclose(piped_losses["loss_mtp"], losses["loss_mtp"], rtol=1e-5)
+    assert jax.tree.structure(tree) == jax.tree.structure(piped_tree)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), piped_tree["params"], tree["params"])
+    jax.tree.map(np.testing.assert_array_equal, piped_tree["biases"], tree["biases"])
+    moved = from_canonical(jax.tree.map(jnp.asarray, tree), piped)
+    np.testing.assert_allclose(
+        piped_evaluate(moved.params, moved.biases, micro_batches[0])["loss"], losses["loss"], rtol=1e-6
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(to_canonical(moved, piped)), tree)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "counts"),
+    [
+        (58, 16, (3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 3, 3)),
+        (7, 4, (2, 2, 2, 1)),
+        (8, 4, (2, 2, 2, 2)),
+        (5, 1, (5,)),
+    ],
+)
+def test_layers_are_divided_evenly_and_the_middle_has_more(run, layers, stages, counts):
+    model = replace(run.model, num_hidden_layers=layers + 1)
+    layout = stage_layout(model, stages)
+    assert layout.counts == counts
+    assert [layer for stage in range(stages) for layer in layout.layers(stage)] == list(range(layers))
+
+
+def test_too_few_layers_are_refused(run):
+    with pytest.raises(ValueError, match=r"8 stages of a model with 2 MoE layers: .* at most 2 stages"):
+        initial_state(replace(run, mesh=MeshConfig(pipe=8)))
