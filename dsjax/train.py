@@ -51,6 +51,6 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Before the first step there is nothing to save: Ctrl-C ends at once, even while something compiles.
+        # Until the run is about to train there is nothing to save: Ctrl-C ends at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     main(sys.argv[1:])

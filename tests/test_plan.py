@@ -89,9 +89,18 @@ def test_no_pipeline(plan, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mesh.pipe", "3"], "ranks = 3: DualPipe needs it even and at least 2; nearest: 2 or 4"),
-        (["--train.batch-size", "12"], "micro_batches = 6: .* at least 8 .*; nearest: 8"),
-        (["--train.batch-ramp-start", "8", "--train.batch-ramp-fraction", "0.5"], "micro_batches = 4: .*nearest: 8"),
+        (
+            ["--mesh.pipe", "3"],
+            "mesh.pipe = 3 .*: ranks = 3: DualPipe needs it even and at least 2; nearest: 2 or 4",
+        ),
+        (
+            ["--train.batch-size", "12"],
+            "mesh.pipe = 4 ranks with 6 micro-batches .*: micro_batches = 6: .* at least 8 .*; nearest: 8",
+        ),
+        (
+            ["--train.batch-ramp-start", "8", "--train.batch-ramp-fraction", "0.5"],
+            "mesh.pipe = 4 ranks with 4 micro-batches .*nearest: 8",
+        ),
         (["--pipeline.schedule", "dualpipev"], "mesh.pipe: 8 stages of a model with 7 MoE layers: .*at most 7 stages"),
         (["--compiled"], "compiled = True: is about the picture"),
     ],

@@ -14,7 +14,7 @@ _LONGEST_MESSAGE = 4096
 
 
 def on_first(act: Callable[[], None]) -> None:
-    """Run `act` on process 0 while the others wait; if it raises ValueError there, all do."""
+    """Run `act` on process 0 while the others wait; if it raises ValueError or OSError there, all raise ValueError."""
     if jax.process_count() == 1:
         act()
         return
@@ -22,7 +22,7 @@ def on_first(act: Callable[[], None]) -> None:
     if jax.process_index() == 0:
         try:
             act()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             message = str(error) or "no reason given"
     text = np.zeros(_LONGEST_MESSAGE, np.uint8)
     encoded = message.encode()[:_LONGEST_MESSAGE]

@@ -91,27 +91,30 @@ class _Executor:
         )
 
     def run(self) -> Results:
-        state = self._start()
         table = jnp.asarray(self.program.table)
+        state = self._empty(self._no_results())
         for segment in self.program.segments:
             state = self._segment(state, segment, table)
         return state.results
 
-    def _start(self) -> _State:
+    def _no_results(self) -> Results:
+        def zeros(like: PyTree, dtype: Any = None) -> PyTree:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), like)
+
+        return Results(
+            grads=tuple(zeros(slot, jnp.float32) for slot in self.weights),
+            edge_grads=zeros(self.edges, jnp.float32),
+            aux=tuple(zeros(self.pieces.aux_avals) for _ in self.weights),
+            report=zeros(self.report),
+        )
+
+    def _empty(self, results: Results) -> _State:
+        """Return a state whose buffers hold nothing."""
         pools, pieces = self.program.pools, self.pieces
 
         def buffer(depth: int, like: PyTree) -> PyTree:
             return jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), like)
 
-        def zeros(like: PyTree, dtype: Any = None) -> PyTree:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), like)
-
-        results = Results(
-            grads=tuple(zeros(slot, jnp.float32) for slot in self.weights),
-            edge_grads=zeros(self.edges, jnp.float32),
-            aux=tuple(zeros(pieces.aux_avals) for _ in self.weights),
-            report=zeros(self.report),
-        )
         return _State(
             activations=buffer(pools.activations + 1, self.x),
             gradients=buffer(pools.gradients + 1, self.x),
@@ -146,7 +149,13 @@ class _Executor:
         rows = table[segment.start : segment.stop].reshape(-1, period, *table.shape[1:])
         if len(rows) == 1:
             return body(state, rows[0])[0]
-        return lax.scan(body, state, rows)[0]
+        if self.program.schedule.ranks > 1:
+            return lax.scan(body, state, rows)[0]
+        # With one rank every F is followed by its B, and nothing else outlives a turn of the loop.
+        results, _ = lax.scan(
+            lambda results, rows: (body(self._empty(results), rows)[0].results, None), state.results, rows
+        )
+        return self._empty(results)
 
     def _branch(self, opcode: tuple[tuple[Kind, int], ...]) -> Callable:
         """Return what a rank does in a tick: `(state, row) -> (state, {"activation": y, "gradient": dx})`."""
@@ -165,7 +174,8 @@ class _Executor:
                     case Kind.W:
                         read[kind] = _at(state.tapes, row[Field.W_TAPE])
             # Reads come before writes: otherwise XLA copies whole buffers to have both.
-            read, state = _barrier(read, state)
+            if self.program.schedule.ranks > 1:
+                read, state = _barrier(read, state)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
             sent = {"activation": zeros, "gradient": zeros}
             for kind, slot in opcode:
@@ -283,11 +293,17 @@ def _float32(tree: PyTree) -> PyTree:
 
 
 def _at(buffer: PyTree, slot: Int[Array, ""]) -> PyTree:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False), buffer)
+    def read(leaf: Array) -> Array:
+        return leaf[0] if len(leaf) == 1 else lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False)
+
+    return jax.tree.map(read, buffer)
 
 
 def _put(buffer: PyTree, value: PyTree, slot: Int[Array, ""]) -> PyTree:
-    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), buffer, value)
+    def write(leaf: Array, new: Array) -> Array:
+        return new[None] if len(leaf) == 1 else lax.dynamic_update_index_in_dim(leaf, new, slot, 0)
+
+    return jax.tree.map(write, buffer, value)
 
 
 def _barrier(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:

@@ -285,8 +285,10 @@ def _segments(
 ) -> tuple[Segment, ...]:
     """Cut out the longest run of ticks whose opcodes repeat with a period of 1, 2 or 3, at least three times.
 
-    DualPipe has period 2, the two directions; 1F1B too, F and B; ZB1P 3, F, I and W.
+    DualPipe has period 2, the two directions; 1F1B too, F and B; ZB1P 3, F, I and W. A single rank's F and B are a
+    turn of a loop however few there are: nothing outlives it.
     """
+    repeats = 3 if opcodes.shape[1] > 1 else 1
     count = len(opcodes)
     best, best_period = (0, 0), 1
     for period in (1, 2, 3):
@@ -297,7 +299,7 @@ def _segments(
                 continue
             stop = t + period
             stop -= (stop - start) % period
-            if stop <= count and stop - start >= 3 * period and stop - start > best[1] - best[0]:
+            if stop <= count and stop - start >= repeats * period and stop - start > best[1] - best[0]:
                 best, best_period = (start, stop), period
             start = t + 1
     bounds = ((0, best[0], 1), (*best, best_period), (best[1], count, 1))

@@ -19,7 +19,7 @@ from dsjax.model.block import block_function
 from dsjax.model.context import Context
 from dsjax.model.layout import Rows
 from dsjax.model.moe import MoEAux
-from dsjax.model.transformer import bias_of
+from dsjax.model.transformer import bias_of, moe_layers
 from dsjax.pipeline.schedule import SCHEDULES, Route, Schedule
 from dsjax.runtime import Runtime
 
@@ -37,9 +37,13 @@ def schedule_of(config: Config, micro_batches: int) -> Schedule:
     """
     if config.mesh.pipe == 1:
         return SCHEDULES["1f1b"](1, micro_batches)
-    return SCHEDULES[config.pipeline.schedule](
-        config.mesh.pipe, micro_batches, max_deferred=config.pipeline.max_deferred or None
-    )
+    build, ranks = SCHEDULES[config.pipeline.schedule], config.mesh.pipe
+    try:
+        return build(ranks, micro_batches, max_deferred=config.pipeline.max_deferred or None)
+    except ValueError as error:
+        raise ValueError(
+            f"mesh.pipe = {ranks} ranks with {micro_batches} micro-batches of train.micro_batch_size: {error}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def stage_layout(model: ModelConfig, stages: int) -> StageLayout:
     if layers < stages and stages > 1:
         raise ValueError(
             f"mesh.pipe: {stages} stages of a model with {layers} MoE layers: every stage needs one, so at most "
-            f"{layers} stages"
+            f"{layers} stages; DualPipeV has two for each rank"
         )
     least, more = divmod(layers, stages)
     from_middle = sorted(range(stages), key=lambda stage: (-min(stage, stages - 1 - stage), stage))
@@ -142,6 +146,19 @@ def run_stage(
         x = jnp.where(ctx.present[place], y, x)
         all_aux.append(jax.tree.map(lambda leaf, place=place: jnp.where(ctx.present[place], leaf, 0), aux))
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_aux)
+
+
+def run_layers(
+    layers: PyTree,
+    x: Float[Array, "B S D"],
+    ctx: StageContext,
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> tuple[Float[Array, "B S D"], MoEAux | None]:
+    """Run stacked layers in a loop: the chunk of a single stage, whose backward pass is never cut."""
+    params = {"moe": layers} if layers else {}  # a model may have dense layers only
+    return moe_layers(params, {"moe": ctx.biases}, x, ctx.context, config=config, runtime=runtime)
 
 
 def places_of(stage: PyTree, count: int) -> tuple[PyTree, ...]:

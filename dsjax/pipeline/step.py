@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.config import Config
-from dsjax.model.context import context
+from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
 from dsjax.model.transformer import Losses, dense_layers, predictions
 from dsjax.parallel.sharding import gather, reduce_scatter
@@ -26,6 +26,7 @@ from dsjax.pipeline.stages import (
     StageContext,
     places_of,
     route_of,
+    run_layers,
     run_stage,
     schedule_of,
     stage_layout,
@@ -65,49 +66,51 @@ def loss_and_grads_of_device(
     sequences, length = micro_batches.shape[1], micro_batches.shape[2] - 1
     program, route = program_of(config, micro_batches.shape[0]), route_of(config)
     layout = stage_layout(model, route.stages)
-    mirror = _Slots(route.kind, ranks, layout.places)
+    slots = _Slots(route.kind, ranks, layout.places)
     cast = cast_weights(parts, runtime.compute_dtype)
+    edges = {name: part for name, part in cast.items() if name != "moe"}
 
-    weights, slot_biases = mirror.open(cast["moe"]), mirror.open(biases.get("moe", {}))
-    present = jnp.asarray([[layout.present(stage) for stage in stages] for stages in program.stages])
+    def gathered(held: PyTree) -> PyTree:
+        return gather(held, {name: divided[name] for name in held})
+
+    def reduced(grads: PyTree) -> PyTree:
+        return reduce_scatter(grads, {name: divided[name] for name in grads})
+
+    present = jnp.asarray([[layout.present(stage) for stage in stages] for stages in program.stages], bool)
     present = present[lax.axis_index(AXIS)]
-    weights = tuple(
-        with_stand_ins(places_of(gather(slot, divided["moe"]), layout.places), present[i])
-        for i, slot in enumerate(weights)
-    )
+    stages = [gather(slot, divided.get("moe", {})) for slot in slots.open(cast.get("moe", {}))]
+    slot_biases = slots.open(biases.get("moe", {}))
+    if ranks == 1:
+        run, weights, edges = run_layers, tuple(stages), gathered(edges)
+    else:
+        run = run_stage
+        weights = tuple(
+            with_stand_ins(places_of(stage, layout.places), present[slot]) for slot, stage in enumerate(stages)
+        )
 
-    def ctx_of(micro_batch: Int[Array, ""]):
+    def ctx_of(micro_batch: Int[Array, ""]) -> Context:
         documents = None if segments is None else segments[micro_batch]
         return context(model, length, segments=documents, balance_weight=config.train.balance_weight)
 
     def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
-        tokens = micro_batches[micro_batch]
-        x = edges["embed"][tokens[:, :-1]]
+        x = edges["embed"][micro_batches[micro_batch, :, :-1]]
         return dense_layers(edges, x, ctx_of(micro_batch), config=model, runtime=runtime)
 
     def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
-        main, mtp, aux = predictions(
-            edges,
-            biases,
-            y,
-            micro_batches[micro_batch],
-            ctx_of(micro_batch),
-            config=model,
-            runtime=runtime,
-            with_mtp=bool(model.num_nextn_predict_layers),
-        )
+        tokens, ctx = micro_batches[micro_batch], ctx_of(micro_batch)
+        main, mtp, aux = predictions(edges, biases, y, tokens, ctx, config=model, runtime=runtime)
         return main + mtp_weight * mtp, (main, mtp, aux)
 
-    edges = {name: part for name, part in cast.items() if name != "moe"}
     results = executor.run(
         program,
         executor.Model(
-            chunk=functools.partial(run_stage, config=model, runtime=runtime),
+            chunk=functools.partial(run, config=model, runtime=runtime),
             context=lambda slot, micro_batch: StageContext(ctx_of(micro_batch), slot_biases[slot], present[slot]),
             embed=embed,
             finish=finish,
-            gather=lambda edges: gather(edges, {name: divided[name] for name in edges}),
-            reduce=lambda grads: reduce_scatter(grads, {name: divided[name] for name in grads}),
+            # A single rank uses its edges all the time, and has gathered them for the whole step.
+            gather=gathered if ranks > 1 else lambda edges: edges,
+            reduce=reduced if ranks > 1 else lambda grads: grads,
             first=tuple(name for name in FIRST if name in edges),
             last=tuple(name for name in LAST if name in edges),
         ),
@@ -115,11 +118,15 @@ def loss_and_grads_of_device(
         edges,
         jax.ShapeDtypeStruct((sequences, length, model.hidden_size), runtime.compute_dtype),
     )
-    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in results.grads]
-    grads = lax.psum(results.edge_grads, AXIS)
-    grads["moe"] = mirror.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
+    if ranks == 1:
+        stacked, grads = results.grads, reduced(results.edge_grads)
+    else:
+        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in results.grads]
+        grads = lax.psum(results.edge_grads, AXIS)
+    if "moe" in divided:
+        grads["moe"] = slots.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
     main, mtp, mtp_aux = results.report
-    return Losses(main, mtp, (mirror.close(list(results.aux)), mtp_aux)), grads
+    return Losses(main, mtp, (slots.close(list(results.aux)), mtp_aux)), grads
 
 
 class _Slots:

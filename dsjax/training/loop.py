@@ -239,6 +239,8 @@ class Run:
             flops_per_token=training_flops_per_token(model, self.config.data.sequence_length),
             peak_flops=peak_of_all(self.mesh),
             expert_shards=mesh.expert_shards,
+            # CPUs of several processes start a step when the one before is done, which would hide what it took.
+            at_once=jax.process_count() > 1 and jax.default_backend() == "cpu",
             # A device has the layers of its own stages.
             round_bytes=tuple(
                 size // mesh.pipe

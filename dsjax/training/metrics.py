@@ -181,7 +181,8 @@ class Recorder:
     sinks: where logged records go. every: steps between logged records; validated, skipped and last steps are logged
     too. on_record: called with every record (the progress bar). flops_per_token, peak_flops: of the model, and of all
     devices together, for MFU. main_layers: how many of the rows of `loads` are main layers. expert_shards: devices over
-    which experts are divided. round_bytes: of an exchange round, see `parallel.exchange.bytes_of_round`.
+    which experts are divided. round_bytes: of an exchange round, see `parallel.exchange.bytes_of_round`. at_once: fetch
+    a step's numbers before the next one is started, where starting it waits for this one anyway.
     seconds, skipped, skipped_in_a_row: where the run stood when it was saved.
     """
 
@@ -196,6 +197,7 @@ class Recorder:
         peak_flops: float | None,
         expert_shards: int = 1,
         round_bytes: tuple[int, int] = (0, 0),
+        at_once: bool = False,
         on_record=lambda record: None,
         seconds: float = 0.0,
         skipped: int = 0,
@@ -208,7 +210,7 @@ class Recorder:
         """Time that the first step of this process took, compilation included."""
         self._sinks, self._every, self._last_step, self._main_layers = sinks, every, last_step, main_layers
         self._flops_per_token, self._peak_flops, self._on_record = flops_per_token, peak_flops, on_record
-        self._expert_shards, self._round_bytes = expert_shards, round_bytes
+        self._expert_shards, self._round_bytes, self._at_once = expert_shards, round_bytes, at_once
         self._pending: _Pending | None = None
         self._began = time.perf_counter() - seconds
         self._mark = time.perf_counter()
@@ -218,6 +220,8 @@ class Recorder:
         """Takes a step that has been started, and finishes the record of the one before."""
         self.flush()
         self._pending = _Pending(facts, metrics)
+        if self._at_once:
+            self._settle()
 
     def sync(self) -> None:
         """Returns when everything written is kept."""

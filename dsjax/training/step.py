@@ -16,7 +16,7 @@ from dsjax.model.router import updated_bias
 from dsjax.model.transformer import Losses, losses
 from dsjax.parallel.exchange import exchange_of
 from dsjax.parallel.mesh import AXES, BATCH_AXES, make_mesh
-from dsjax.parallel.sharding import batch_spec, gather, partitions, reduce_scatter, specs
+from dsjax.parallel.sharding import batch_spec, gather, partitions, specs
 from dsjax.pipeline.evaluate import losses_of_device
 from dsjax.pipeline.stages import rows_of
 from dsjax.pipeline.step import loss_and_grads_of_device
@@ -79,44 +79,16 @@ def accumulated_loss_and_grads(
     """
     mesh, runtime = mesh or make_mesh(config.mesh), on_mesh(runtime, config)
 
-    def objective(weights: PyTree, biases: PyTree, tokens: Array, mtp_weight: Array) -> tuple[Array, Losses]:
-        parts = losses(
-            weights,
-            biases,
-            tokens,
-            config=config.model,
-            runtime=runtime,
-            segments=_segments(config, tokens, end_of_document),
-            balance_weight=config.train.balance_weight,
-        )
-        return parts.main + mtp_weight * parts.mtp, parts
-
-    grad = jax.grad(objective, has_aux=True)
-
     def loss_and_grads(params: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
-        divided = partitions(params, mesh)
+        divided, count = partitions(params, mesh), micro_batches.shape[0]
 
         def on_device(parts: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
-            if config.mesh.pipe > 1:
-                return pipelined(parts, biases, micro_batches, mtp_weight)
-            weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
-
-            def one(tokens: Array) -> tuple[PyTree, Losses]:
-                grads, parts = grad(weights, biases, tokens, mtp_weight)
-                return jax.tree.map(lambda g: g.astype(jnp.float32), grads), parts
-
-            grads, losses = _summed(one, micro_batches)
-            # A device's objective is the mean of its own sequences, the step's is the mean of all of them.
-            scale = 1 / (micro_batches.shape[0] * config.mesh.batch_shards)
-            grads = jax.tree.map(lambda g: g * scale, reduce_scatter(grads, divided))
-            return jax.tree.map(lambda leaf: leaf[None], losses), grads
-
-        def pipelined(parts: PyTree, biases: PyTree, micro_batches: Array, mtp_weight: Array):
             segments = _segments(config, micro_batches, end_of_document)
             losses, grads = loss_and_grads_of_device(
                 config, runtime, divided, parts, biases, micro_batches, segments, mtp_weight
             )
-            scale = 1 / (micro_batches.shape[0] * config.mesh.batch_shards)
+            # A device's objective is the mean of its own sequences, the step's is the mean of all of them.
+            scale = 1 / (count * config.mesh.batch_shards)
             return jax.tree.map(lambda leaf: leaf[None], losses), jax.tree.map(lambda g: g * scale, grads)
 
         divided_specs = specs(params, mesh)
@@ -127,7 +99,7 @@ def accumulated_loss_and_grads(
             out_specs=(PartitionSpec(AXES), divided_specs),
             check_vma=False,
         )(params, biases, micro_batches, mtp_weight)
-        return _over_devices(losses, micro_batches.shape[0], config.mesh.pipe), grads
+        return _over_devices(losses, count, config.mesh.pipe), grads
 
     return loss_and_grads
 
@@ -142,46 +114,22 @@ def on_mesh(runtime: Runtime, config: Config) -> Runtime:
     return replace(runtime, exchange=runtime.exchange or exchange_of(config))
 
 
-def _summed(one: Callable[[Array], PyTree], micro_batches: Array) -> PyTree:
-    """Return the sum of `one` over micro-batches, which run one after another."""
-    if micro_batches.shape[0] == 1:
-        return one(micro_batches[0])
-
-    def body(total: PyTree, tokens: Array) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, one(tokens)), None
-
-    shapes = jax.eval_shape(one, micro_batches[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(body, zeros, micro_batches)[0]
-
-
-def _over_devices(losses: Losses, count: int, stages: int) -> Losses:
+def _over_devices(losses: Losses, count: int, ranks: int) -> Losses:
     """Return the losses of a step from each device's, [devices, ...], summed over its `count` micro-batches.
 
+    A device has those of its rank of the pipeline: its own rows of MoE layers, and at one rank the end of the model.
     Outside of `shard_map`, where a sum is over all devices and nothing else: the routers' biases must move by the same
     counts everywhere.
     """
-    if stages > 1:
-        return _over_pipeline(losses, count, stages)
-    aux = losses.aux
-    if aux is not None:
-        balance_loss = aux.balance_loss.mean(axis=0) / count
-        aux = MoEAux(aux.loads.sum(axis=0), balance_loss, aux.rounds.max(axis=0))
-    return Losses(losses.main.mean() / count, losses.mtp.mean() / count, aux)
-
-
-def _over_pipeline(losses: Losses, count: int, ranks: int) -> Losses:
-    """The same of losses that each rank has for its own stages: its rows of MoE layers, and the ends of the model."""
     main, mtp, (of_layers, of_mtp) = jax.tree.map(lambda leaf: leaf.reshape(ranks, -1, *leaf.shape[1:]), losses)
 
     def over_rows(aux: MoEAux) -> MoEAux:
         per_rank = MoEAux(aux.loads.sum(axis=1), aux.balance_loss.mean(axis=1) / count, aux.rounds.max(axis=1))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), per_rank)
 
-    aux = over_rows(of_layers)
-    if of_mtp is not None:
-        at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), of_mtp)
-        aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), aux, over_rows(at_end))
+    at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), of_mtp)
+    every = [over_rows(aux) for aux in (of_layers, at_end) if aux is not None]
+    aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every) if every else None
     return Losses(main.sum(axis=0).mean() / count, mtp.sum(axis=0).mean() / count, aux)
 
 

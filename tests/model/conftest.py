@@ -1,7 +1,10 @@
 """A small model with everything in it, for tests that need one."""
 
+from dataclasses import replace
+
 import jax
 import pytest
+from meshes import SMALL
 
 from dsjax.config import ModelConfig
 from dsjax.model.transformer import initial_parameters
@@ -10,26 +13,13 @@ from dsjax.model.transformer import initial_parameters
 @pytest.fixture(scope="session")
 def small() -> ModelConfig:
     """One dense and three MoE layers, two MTP modules, node-limited routing."""
-    return ModelConfig(
-        name="small",
-        vocab_size=64,
-        hidden_size=32,
+    return replace(
+        SMALL.model,
         num_hidden_layers=4,
-        first_k_dense_replace=1,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_attention_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
         n_routed_experts=8,
         num_experts_per_tok=2,
         n_group=4,
         topk_group=2,
-        routed_scaling_factor=2.5,
-        initializer_range=0.05,
         num_nextn_predict_layers=2,
     )
 

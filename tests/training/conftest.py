@@ -1,11 +1,14 @@
 """A small run whose compiled steps the tests of this folder share."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import SMALL
 
-from dsjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from dsjax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from dsjax.runtime import Runtime
 from dsjax.training.state import initial_state
 from dsjax.training.step import make_train_step
@@ -15,28 +18,7 @@ from dsjax.training.step import make_train_step
 def small_run() -> Config:
     """One dense and two MoE layers and one MTP module; float32 moments and no clipping, so that they show gradients."""
     return Config(
-        model=ModelConfig(
-            name="small",
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=3,
-            first_k_dense_replace=1,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_attention_heads=2,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=16,
-            n_routed_experts=8,
-            num_experts_per_tok=2,
-            n_group=4,
-            topk_group=2,
-            routed_scaling_factor=2.5,
-            initializer_range=0.05,
-            num_nextn_predict_layers=1,
-        ),
+        model=replace(SMALL.model, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2),
         data=DataConfig(sequence_length=16),
         train=TrainConfig(steps=100, batch_size=4, balance_weight=0.01),
         optimizer=OptimizerConfig(moment_dtype="fp32", clip_norm=0.0),

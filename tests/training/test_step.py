@@ -10,9 +10,8 @@ import pytest
 from dsjax.config import DataConfig
 from dsjax.model.moe import MoEAux
 from dsjax.model.router import updated_bias
-from dsjax.model.transformer import Losses
+from dsjax.model.transformer import Losses, losses
 from dsjax.runtime import Runtime
-from dsjax.training import step as step_module
 from dsjax.training.optimizer import initial_moments
 from dsjax.training.state import TrainState
 from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step, segment_ids
@@ -151,21 +150,21 @@ def test_segments_number_documents():
     np.testing.assert_array_equal(segment_ids(tokens, 0), [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_document_mask_reaches_the_model(monkeypatch, small_run, tokens, masked):
-    places = jnp.arange(1, 65).reshape(4, 16)
-
-    def record(params, biases, tokens, *, segments, **_):
-        """A loss that tells every segmentation from the others."""
-        told = jnp.float32(-1) if segments is None else jnp.sum(places * segments, dtype=jnp.float32)
-        return Losses(told, jnp.float32(0), None)
-
-    monkeypatch.setattr(step_module, "losses", record)
-    config = replace(small_run, data=DataConfig(sequence_length=16, document_mask=masked))
-    expected = jnp.sum(places * segment_ids(tokens[:, :-1], 1)) if masked else -1
-    parts, _ = accumulated_loss_and_grads(config, Runtime(), end_of_document=1)({}, {}, tokens[None], jnp.float32(0))
-    assert parts.main == expected and expected != 0
-    assert make_evaluate(config, Runtime(), end_of_document=1)({}, {}, tokens)["loss"] == expected
+def test_document_mask_reaches_the_model(small_run, tokens, start):
+    """Losses of a step and of an evaluation are those of the model that tells documents apart, where asked for."""
+    state, end = start(), int(tokens[0, 5])
+    found = {}
+    for masked in (False, True):
+        config = replace(small_run, data=DataConfig(sequence_length=16, document_mask=masked))
+        segments = segment_ids(tokens[:, :-1], end) if masked else None
+        direct = losses(state.params, state.biases, tokens, config=config.model, runtime=Runtime(), segments=segments)
+        parts, _ = accumulated_loss_and_grads(config, Runtime(), end_of_document=end)(
+            state.params, state.biases, tokens[None], jnp.float32(0)
+        )
+        evaluated = make_evaluate(config, Runtime(), end_of_document=end)(state.params, state.biases, tokens)
+        np.testing.assert_allclose([parts.main, evaluated["loss"]], 2 * [direct.main], rtol=1e-6)
+        found[masked] = float(direct.main)
+    assert abs(found[True] - found[False]) > 1e-4
 
 
 def test_products_of_float32_are_not_rounded(small_run, tokens, start, train_step):
