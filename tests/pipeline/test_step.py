@@ -25,7 +25,7 @@ SLOW = [
     ("dualpipe", MeshConfig(pipe=2, data=2, local=2), {"mtp": 0, "remat": "none", "dense": 1}),
     ("dualpipe", MeshConfig(pipe=2), {"mtp": 1, "remat": "full", "dense": 1}),
     ("dualpipev", MeshConfig(pipe=2, local=2), {"mtp": 1, "remat": "none", "dense": 1}),
-    ("dualpipev", MeshConfig(pipe=4, node=2), {"mtp": 0, "remat": "report", "dense": 1}),
+    ("dualpipev", MeshConfig(pipe=2, node=2), {"mtp": 0, "remat": "report", "dense": 1}),
     ("zb1p", MeshConfig(pipe=2, data=2, node=2), {"mtp": 0, "remat": "none", "dense": 1}),
     ("1f1b", MeshConfig(pipe=4, node=2), {"mtp": 1, "remat": "none", "dense": 1}),
     ("gpipe", MeshConfig(pipe=2, local=2), {"mtp": 1, "remat": "report", "dense": 1}),
