@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import UInt8
 
 from dsjax.parallel.mesh import AXES
 
@@ -24,10 +25,7 @@ def on_first(act: Callable[[], None]) -> None:
             act()
         except (ValueError, OSError) as error:
             message = str(error) or "no reason given"
-    text = np.zeros(_LONGEST_MESSAGE, np.uint8)
-    encoded = message.encode()[:_LONGEST_MESSAGE]
-    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    message = bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode(errors="ignore")
+    message = bytes(multihost_utils.broadcast_one_to_all(_as_numbers(message))).rstrip(b"\0").decode(errors="ignore")
     if message:
         raise ValueError(message)
 
@@ -40,13 +38,17 @@ def require_same(value: str, what: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    own = np.zeros(_LONGEST_MESSAGE, np.uint8)
-    encoded = value.encode()
-    own[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    own = _as_numbers(value)
     differing = (multihost_utils.process_allgather(own) != multihost_utils.broadcast_one_to_all(own)).any(axis=1)
     if differing.any():
         who = ", ".join(map(str, np.flatnonzero(differing)))
         raise ValueError(f"{what}: not the same in process {who} as in process 0")
+
+
+def _as_numbers(text: str) -> UInt8[np.ndarray, " bytes"]:
+    """Return a text's bytes in an array of one length for all, as collectives want it; what is too long is cut."""
+    encoded = text.encode()[:_LONGEST_MESSAGE]
+    return np.pad(np.frombuffer(encoded, np.uint8), (0, _LONGEST_MESSAGE - len(encoded)))
 
 
 class Vote:

@@ -107,10 +107,11 @@ def exchange_in_rounds(
 
     with jax.named_scope("dispatch"):
         queues = hops.queues_to_nodes(route, indices)
-        active = checkpoint_name(hops.active_rounds(route, queues, indices), "plan")
     y = one_round(0, 0, named=True)
-    if active.size == 1:
+    if route.rounds(*indices.shape) == (1, 1):
         return y, jnp.ones((), jnp.int32)
+    with jax.named_scope("dispatch"):
+        active = checkpoint_name(hops.active_rounds(route, queues, indices), "plan")
 
     def further_rounds(y: Float[Array, "T D"]) -> Float[Array, "T D"]:
         def step(total: Float[Array, "T D"], number: Int[Array, ""]) -> tuple[Float[Array, "T D"], None]:

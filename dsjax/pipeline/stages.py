@@ -106,12 +106,6 @@ def rows_of(config: Config) -> Rows | None:
     return tuple(layer for s in stages for layer in (*layout.layers(s), *[None] * (layout.places - layout.counts[s])))
 
 
-def layers_in_order(config: Config) -> list[int] | None:
-    """Return the row of each MoE layer, None without a pipeline."""
-    rows = rows_of(config)
-    return rows and [rows.index(layer) for layer in range(sum(row is not None for row in rows))]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StageContext:

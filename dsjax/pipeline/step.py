@@ -6,6 +6,7 @@ stages the other way round, so that in steady state all ranks do the same (see `
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from dsjax.config import Config
 from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
-from dsjax.model.transformer import Losses, dense_layers, predictions
+from dsjax.model.moe import MoEAux
+from dsjax.model.transformer import dense_layers, predictions
 from dsjax.parallel.sharding import gather, reduce_scatter
 from dsjax.pipeline import executor
 from dsjax.pipeline.executor import AXIS
@@ -35,6 +37,16 @@ from dsjax.pipeline.stages import (
 from dsjax.runtime import Runtime
 
 
+class DeviceLosses(NamedTuple):
+    """What one device has of a step's losses, summed over micro-batches; zero where another rank has the last stage."""
+
+    main: Float[Array, ""]
+    mtp: Float[Array, ""]
+    layers: MoEAux | None
+    """Of the rank's rows of MoE layers."""
+    mtp_modules: MoEAux | None
+
+
 @functools.lru_cache(maxsize=16)
 def program_of(config: Config, micro_batches: int) -> Program:
     """Return the program of a step of so many micro-batches."""
@@ -50,11 +62,11 @@ def loss_and_grads_of_device(
     micro_batches: Int[Array, "A b S1"],
     segments: Int[Array, "A b S"] | None,
     mtp_weight: Float[Array, ""],
-) -> tuple[Losses, PyTree]:
+) -> tuple[DeviceLosses, PyTree]:
     """Return the losses and the gradients of one device, inside `shard_map`, summed over micro-batches.
 
-    The losses are those of the device's own sequences and stages: zero where another rank has the last stage; loads of
-    MoE layers in the order of the rank's rows. The gradients are summed over all devices, and divided as `parts` are.
+    The losses are those of the device's own sequences and stages. The gradients are summed over all devices, and
+    divided as `parts` are.
 
     Args:
         divided: how the parameters are divided, see `parallel.sharding`.
@@ -125,8 +137,8 @@ def loss_and_grads_of_device(
         grads = lax.psum(results.edge_grads, AXIS)
     if "moe" in divided:
         grads["moe"] = slots.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
-    main, mtp, mtp_aux = results.report
-    return Losses(main, mtp, (slots.close(list(results.aux)), mtp_aux)), grads
+    main, mtp, mtp_modules = results.report
+    return DeviceLosses(main, mtp, slots.close(list(results.aux)), mtp_modules), grads
 
 
 class _Slots:

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from dsjax.parallel.placement import Placement, plan_placement
 from dsjax.training.metrics import Record
 from dsjax.training.progress import quantity
 
@@ -17,7 +18,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E
 
 
 def draw_pictures(folder: Path, records: Sequence[Record], baselines: Mapping[str, float], layers: Sequence[str]):
-    """Draws `loss.png`, `expert_load.png` and `schedule.png` into `folder`.
+    """Draws `loss.png`, `expert_load.png`, `expert_placement.png` and `schedule.png` into `folder`.
 
     baselines: nats per token by name, drawn as horizontal lines. layers: names of the layers with routed experts.
     """
@@ -26,6 +27,8 @@ def draw_pictures(folder: Path, records: Sequence[Record], baselines: Mapping[st
     _save(schedule_picture(records), folder / "schedule.png")
     if layers:
         _save(expert_load_picture(records, layers), folder / "expert_load.png")
+    if records[-1]["expert_load_over_mean_last_layer"]:
+        _save(placement_picture(records), folder / "expert_placement.png")
 
 
 def loss_picture(records: Sequence[Record], baselines: Mapping[str, float]) -> Figure:
@@ -85,6 +88,32 @@ def expert_load_picture(records: Sequence[Record], layers: Sequence[str]) -> Fig
     figure.colorbar(mesh, ax=bottom, label="load / mean", extend="max", pad=0.015)
     for axes in (top, bottom):
         axes.spines[:].set_visible(False)
+    return figure
+
+
+def placement_picture(records: Sequence[Record]) -> Figure:
+    """What redundant experts would do for the last main layer: load of the fullest of some devices over their mean.
+
+    Loads are the mean of the last quarter of the records; `parallel.placement` places 0, 1, 2 ... redundant experts on
+    each device.
+    """
+    latest = records[-max(1, len(records) // 4) :]
+    loads = np.mean([record["expert_load_over_mean_last_layer"] for record in latest], axis=0)[None]
+    experts = loads.shape[1]
+    devices = max(d for d in range(1, min(experts // 2, 32) + 1) if experts % d == 0) if experts > 1 else 1
+    slots = range(experts, 2 * experts + 1, devices)
+    as_numbered = Placement(np.arange(experts, dtype=np.int32)[None], experts, devices).imbalance(loads)[0]
+    planned = [plan_placement(loads, count, devices).imbalance(loads)[0] for count in slots]
+    figure, (axes,) = _figure(1, height=3.6)
+    axes.axhline(as_numbered, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="in the order of their numbers")
+    redundant = [count - experts for count in slots]
+    axes.plot(redundant, planned, color=BLUE, marker="o", markersize=4.5, linewidth=1.6, label="placed by load (EPLB)")
+    axes.set_xlabel(f"redundant experts, beside {experts} on {devices} devices")
+    axes.set_ylabel("fullest device / mean")
+    axes.set_ylim(0.98, max(as_numbered, *planned) * 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    axes.set_title("Redundant experts for the last layer", loc="left", fontweight="bold")
     return figure
 
 

@@ -19,7 +19,7 @@ from dsjax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from dsjax.parallel.sharding import batch_spec, gather, partitions, specs
 from dsjax.pipeline.evaluate import losses_of_device
 from dsjax.pipeline.stages import rows_of
-from dsjax.pipeline.step import loss_and_grads_of_device
+from dsjax.pipeline.step import DeviceLosses, loss_and_grads_of_device
 from dsjax.runtime import Runtime, full_precision
 from dsjax.training import optimizer
 from dsjax.training.state import TrainState, state_shardings
@@ -68,10 +68,11 @@ def _segments(config: Config, tokens: Array, end_of_document: int | None) -> Arr
 def accumulated_loss_and_grads(
     config: Config, runtime: Runtime, mesh: Mesh | None = None, end_of_document: int | None = None
 ) -> LossAndGrads:
-    """Return the loss and gradients of a step on a mesh: micro-batches one after another, added in float32.
+    """Return the loss and gradients of a step on a mesh: micro-batches in the order of the run's schedule, added up.
 
-    Each device gathers the weights once, works on its own sequences, and reduces its gradients once, at the end.
-    Parameters and gradients are divided as `parallel.sharding` has it, the rows of a micro-batch over the mesh.
+    Each device gathers the weights once, works on its own sequences, and reduces its gradients once, at the end; with a
+    pipeline those of its ends for every micro-batch. Parameters and gradients are divided as `parallel.sharding` has
+    it, the rows of a micro-batch over the mesh.
 
     Args:
         mesh: by default one of `config.mesh` and the first devices.
@@ -114,23 +115,22 @@ def on_mesh(runtime: Runtime, config: Config) -> Runtime:
     return replace(runtime, exchange=runtime.exchange or exchange_of(config))
 
 
-def _over_devices(losses: Losses, count: int, ranks: int) -> Losses:
-    """Return the losses of a step from each device's, [devices, ...], summed over its `count` micro-batches.
+def _over_devices(losses: DeviceLosses, count: int, ranks: int) -> Losses:
+    """Return the losses of a step of `count` micro-batches from each device's, [devices, ...].
 
-    A device has those of its rank of the pipeline: its own rows of MoE layers, and at one rank the end of the model.
     Outside of `shard_map`, where a sum is over all devices and nothing else: the routers' biases must move by the same
     counts everywhere.
     """
-    main, mtp, (of_layers, of_mtp) = jax.tree.map(lambda leaf: leaf.reshape(ranks, -1, *leaf.shape[1:]), losses)
+    losses = jax.tree.map(lambda leaf: leaf.reshape(ranks, -1, *leaf.shape[1:]), losses)
 
     def over_rows(aux: MoEAux) -> MoEAux:
         per_rank = MoEAux(aux.loads.sum(axis=1), aux.balance_loss.mean(axis=1) / count, aux.rounds.max(axis=1))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), per_rank)
 
-    at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), of_mtp)
-    every = [over_rows(aux) for aux in (of_layers, at_end) if aux is not None]
+    at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), losses.mtp_modules)
+    every = [over_rows(aux) for aux in (losses.layers, at_end) if aux is not None]
     aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every) if every else None
-    return Losses(main.sum(axis=0).mean() / count, mtp.sum(axis=0).mean() / count, aux)
+    return Losses(losses.main.sum(axis=0).mean() / count, losses.mtp.sum(axis=0).mean() / count, aux)
 
 
 def make_train_step(

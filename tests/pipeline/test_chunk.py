@@ -12,8 +12,9 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from meshes import SMALL
 
-from dsjax.config import Config, DispatchConfig, MeshConfig, ModelConfig, TrainConfig
+from dsjax.config import Config, DispatchConfig, MeshConfig, TrainConfig
 from dsjax.model.block import SAVED, Block, block_function
 from dsjax.model.context import context
 from dsjax.parallel.exchange import exchange_of
@@ -24,24 +25,8 @@ from dsjax.runtime import Runtime
 PIECES = ("fwd", "bwd", "bwd_input", "bwd_weight")
 T, D, F, DEVICES = 12, 8, 20, 4
 """Of the toy, per device."""
-MODEL = ModelConfig(
-    name="small",
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_attention_heads=2,
-    q_lora_rank=12,
-    kv_lora_rank=20,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-    n_routed_experts=32,
-    num_experts_per_tok=3,
-    routed_scaling_factor=2.5,
-    initializer_range=0.05,
+MODEL = dataclasses.replace(
+    SMALL.model, num_hidden_layers=2, q_lora_rank=12, kv_lora_rank=20, num_nextn_predict_layers=0
 )
 
 

@@ -100,7 +100,8 @@ def test_a_run_leaves_what_it_promises(finished, short_run):
     assert {"val_loss_ema", "val_loss_mtp"} <= set(records[-1])
     assert all(record["expert_load_max_over_mean"] >= 1 for record in records)
     assert len(records[0]["expert_load_max_over_mean_per_layer"]) == 3  # two main layers and the MTP module
-    assert {path.name for path in (folder / "pictures").iterdir()} == {"loss.png", "expert_load.png", "schedule.png"}
+    pictures = {"loss.png", "expert_load.png", "expert_placement.png", "schedule.png"}
+    assert {path.name for path in (folder / "pictures").iterdir()} == pictures
     assert set(finished.baselines) == {"Kneser-Ney bigram", "Kneser-Ney trigram"}
     assert list((folder / "tensorboard").iterdir()) and (folder / "tokenizer.json").exists()
     with Checkpoints(folder / "checkpoints") as checkpoints:
