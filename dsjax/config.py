@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32", "fp8", "mxfp8"]
 Remat = Literal["none", "report", "full"]
 AttentionKernel = Literal["auto", "plain", "chunked", "cudnn", "splash", "tokamax"]
-GroupedMatmulKernel = Literal["auto", "tiles", "batched", "ragged"]
+GroupedMatmulKernel = Literal["auto", "tiles", "mosaic", "batched", "ragged"]
+Fp8Kernel = Literal["auto", "mosaic", "xla", "interpret"]
 PipelineSchedule = Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
 Transport = Literal["padded", "ragged", "gather"]
 Source = Literal["python-stdlib", "text", "jsonl", "parquet", "tokens"]
@@ -275,6 +276,9 @@ class TrainConfig:
     """Steps between validations; the last step is always validated."""
     validation_sequences: int = 0
     """Held-out sequences per validation; 0 for all."""
+    fp8_statistics: bool = False
+    """Measure at every validation what FP8 does to weights, inputs and gradients; on one device. Compiles the layers
+    one by one."""
     log_every: int = 10
     """Steps between lines of `metrics.jsonl`."""
     remat: Remat = "report"
@@ -363,8 +367,13 @@ class KernelConfig:
     """`plain` is the definition, `chunked` its blockwise form for any platform, `cudnn` for NVIDIA, `splash` for TPU,
     `tokamax` where that package is installed."""
     grouped_matmul: GroupedMatmulKernel = "auto"
-    """Of the experts: `tiles` loops over blocks of rows (CPU), `batched` is one product of all tiles (NVIDIA), `ragged`
-    is `jax.lax.ragged_dot` (TPU)."""
+    """Of the experts: `tiles` loops over blocks of rows (CPU), `mosaic` is kernels for Hopper (BF16), `batched` one
+    product of all tiles (NVIDIA), `ragged` is `jax.lax.ragged_dot` (TPU)."""
+    fp8: Fp8Kernel = "auto"
+    """Of FP8 quantizers and products: `mosaic` for Hopper, `xla` is the definition, for any platform; `interpret` runs
+    the kernels on a CPU, to look for mistakes in them."""
+    fp8_gradient_blocks: bool = False
+    """Quantize gradients of activations in blocks of 128 x 128, which diverges (report, appendix B.2): an ablation."""
 
     def __post_init__(self) -> None:
         _Laws(self, "kernels.")
@@ -466,7 +475,8 @@ class Config:
     run: str = ""
     """Folder of the run; empty for `runs/` and the name of the TOML file."""
     precision: Precision = "auto"
-    """Format of the matrix products: `auto` is float32 on a CPU, where BF16 is slower, and BF16 elsewhere."""
+    """Format of the matrix products: `auto` is float32 on a CPU, where BF16 is slower, and BF16 elsewhere; `fp8` is the
+    report's recipe (tiles of 1 x 128, blocks of 128 x 128), `mxfp8` that of Blackwell (groups of 32)."""
 
     def __post_init__(self) -> None:
         _Laws(self)
@@ -476,6 +486,17 @@ class Config:
                 f"data.sequence_length = {length}: must be greater than model.num_nextn_predict_layers = {depth}"
             )
         mesh, experts = self.mesh, self.model.n_routed_experts
+        if self.train.fp8_statistics and (self.precision not in ("fp8", "mxfp8") or mesh.devices > 1):
+            raise ValueError(
+                f"train.fp8_statistics with precision = {self.precision!r} on {mesh.devices} devices: needs precision "
+                "'fp8' or 'mxfp8', and a single device"
+            )
+        width = self.model.num_attention_heads * self.model.v_head_dim
+        if self.precision in ("fp8", "mxfp8") and width % 8:
+            raise ValueError(
+                f"precision = {self.precision!r}: model.num_attention_heads x model.v_head_dim = {width} must be "
+                "divisible by 8, because the output of attention is kept in 12 bits, 8 numbers in 3 words"
+            )
         if experts % mesh.expert_shards:
             raise ValueError(
                 f"mesh.node x mesh.local = {mesh.node} x {mesh.local} = {mesh.expert_shards}: must divide "

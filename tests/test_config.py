@@ -62,7 +62,7 @@ BROKEN = [
     (OPTIMIZER, {"warmup": 0.7}, "optimizer.constant = 0.676: must be between 0.7 and 1"),
     (OPTIMIZER, {"second_tail_start": 1.1}, "optimizer.second_tail_start = 1.1: must be between 0.966 and 1"),
     (RUN.checkpoint, {"keep": 0}, "checkpoint.keep = 0: must be at least 1"),
-    (RUN, {"precision": "fp16"}, "precision = 'fp16': must be one of 'auto', 'bf16', 'fp32'"),
+    (RUN, {"precision": "fp16"}, "precision = 'fp16': must be one of 'auto', 'bf16', 'fp32', 'fp8', 'mxfp8'"),
     (
         RUN,
         {"data": replace(DATA, sequence_length=1)},

@@ -8,7 +8,6 @@ devices, which sends a token once per expert, and with as much slack. Prints JSO
 tokens, 4096 x 7168 x 2 bytes. Devices are simulated, nothing runs.
 """
 
-import functools
 import json
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.config import Config, MeshConfig, TrainConfig
-from dsjax.model.moe import expert_ffn
+from dsjax.model.moe import RoutedExperts
 from dsjax.parallel.exchange import exchange_in_rounds, route_of
 from dsjax.parallel.mesh import EXPERT_AXES, make_mesh
 from dsjax.planning.hlo import collectives
@@ -36,7 +35,7 @@ def compiled_exchange(config: Config, tokens: int) -> str:
     divided = PartitionSpec(EXPERT_AXES)
 
     def on_device(x, indices, weights, params):
-        experts = functools.partial(expert_ffn, params, runtime=Runtime())
+        experts = RoutedExperts(params, Runtime())
         return exchange_in_rounds(route_of(config, tokens), experts, x, indices, weights)[0]
 
     def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:

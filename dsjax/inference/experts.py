@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from dsjax.model.dispatch import combine, dispatch, dispatch_weights, sort_by_expert
+from dsjax.model.dispatch import LocalCourier
 from dsjax.runtime import Exchange, ExpertFunction
 
 
@@ -36,8 +36,7 @@ def exchange_within_row(layer: Int[Array, ""], layers: int) -> Exchange:
         num_experts: int,
     ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
         # Groups of one row need no padding.
-        plan = sort_by_expert(layer * num_experts + indices, layers * num_experts, alignment=1)
-        rows = experts(dispatch(plan, x), dispatch_weights(plan, weights), plan.groups)
-        return combine(plan, rows), jnp.ones((), jnp.int32)
+        y, _ = experts(LocalCourier(layer * num_experts + indices, layers * num_experts, alignment=1), x, weights)
+        return y, jnp.ones((), jnp.int32)
 
     return exchange

@@ -4,20 +4,25 @@ Queries and keys have a part without position (`nope`) and a part that RoPE turn
 all heads. Keys and values come from a latent of `kv_lora_rank` values per token, which is all that a cache keeps.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PyTree
 
 from dsjax.config import ModelConfig
-from dsjax.model.causal_attention import causal_attention
+from dsjax.model.causal_attention import causal_attention, chunked_backward, chunked_forward, resolve
 from dsjax.model.context import Context
 from dsjax.model.layers import linear, norm_weight, rms_norm, weight
 from dsjax.model.rope import rotate, softmax_scale
-from dsjax.runtime import Runtime
+from dsjax.numerics import linear as fp8
+from dsjax.numerics.weights import Fp8Weight
+from dsjax.runtime import Runtime, target_platform
 
 
 class Attention(nnx.Module):
@@ -46,15 +51,37 @@ def attention(
     latent, k_rope = latents(params, x, ctx, config=config)
     k_nope, v = keys_and_values(params, latent, config=config)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
-    out = causal_attention(
-        jnp.concatenate([q_nope, q_rope], -1),
-        jnp.concatenate([k_nope, k_rope], -1),
-        v,
-        scale=softmax_scale(config),
-        segments=ctx.segments,
-        impl=runtime.attention,
-    )
-    return linear(out.reshape(*x.shape[:2], -1), params["o"])
+    q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
+    in_fp8 = isinstance(params["o"], Fp8Weight)
+    if in_fp8 and resolve(runtime.attention, target_platform(), q.dtype) == "chunked":
+        return _attended_and_projected(q, k, v, ctx.segments, params["o"], softmax_scale(config))
+    out = causal_attention(q, k, v, scale=softmax_scale(config), segments=ctx.segments, impl=runtime.attention)
+    project = fp8.output_projection if in_fp8 else linear
+    return project(out.reshape(*x.shape[:2], -1), params["o"])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attended_and_projected(q, k, v, segments, o, scale):
+    """Attention and output projection in one, which keep what is between them once, in 12 bits (spec 1.6)."""
+    return _attend_and_project(q, k, v, segments, o, scale)[0]
+
+
+def _attend_and_project(q, k, v, segments, o, scale):
+    out, lse = chunked_forward(q, k, v, segments, scale)
+    rows = out.reshape(-1, math.prod(out.shape[2:]))
+    y = fp8.forward_product(rows, o).reshape(*out.shape[:2], -1)
+    return y, (q, k, v, segments, fp8.kept_in_12_bits(rows, o), lse, o.kept())
+
+
+def _attend_and_project_backward(scale, residuals, dy):
+    q, k, v, segments, packed, lse, o = residuals
+    rows, dy = fp8.from_12_bits(packed, o, v.dtype), dy.reshape(-1, dy.shape[-1])
+    out, dout = (array.reshape(*q.shape[:3], -1) for array in (rows, fp8.input_gradient(dy, o)))
+    dq, dk, dv = chunked_backward(q, k, v, segments, out, lse, dout, scale)
+    return dq, dk, dv, None, o.gradient(fp8.weight_gradient(dy, rows, o))
+
+
+_attended_and_projected.defvjp(_attend_and_project, _attend_and_project_backward)
 
 
 def queries(

@@ -102,10 +102,13 @@ def chunked(q: Array, k: Array, v: Array, segments: Array | None, scale: float) 
     Keeps the output and the logarithm of the softmax's denominator; the backward pass makes the probabilities again,
     block by block (FlashAttention, arXiv 2205.14135, algorithm 4). They exist for one sixteenth of the queries at once.
     """
-    return _chunked_forward(q, k, v, segments, scale)[0]
+    return chunked_forward(q, k, v, segments, scale)[0]
 
 
-def _chunked_forward(q, k, v, segments, scale):
+def chunked_forward(
+    q: Array, k: Array, v: Array, segments: Array | None, scale: float
+) -> tuple[Float[Array, "B S H dv"], Float[Array, "B H S 1"]]:
+    """Return the output and the logarithm of the softmax's denominator."""
     queries, keys, values = _head_rows(q * scale), _head_columns(k), _head_rows(v)
     parts = []
     for begin, end in _blocks(q.shape[1]):
@@ -117,13 +120,13 @@ def _chunked_forward(q, k, v, segments, scale):
         out = _dot("bhqk,bhkd->bhqd", exponentials.astype(v.dtype), values[:, :, :end]) / denominator
         parts.append((out.astype(v.dtype), largest + jnp.log(denominator)))
     out, lse = (jnp.concatenate(blocks, 2) for blocks in zip(*parts, strict=True))
-    out = checkpoint_name(_from_head_rows(out), "attention_out")
-    lse = checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, segments, out, lse)
+    return _from_head_rows(out), checkpoint_name(lse, "attention_lse")
 
 
-def _chunked_backward(scale, residuals, dout):
-    q, k, v, segments, out, lse = residuals
+def chunked_backward(
+    q: Array, k: Array, v: Array, segments: Array | None, out: Array, lse: Array, dout: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of `q`, `k` and `v`."""
     # A product that contracts over rows would copy its S x S operand transposed; so the narrow one comes as columns.
     queries, query_columns = _head_rows(q * scale), _head_columns(q * scale)
     key_rows, key_columns, value_columns = _head_rows(k), _head_columns(k), _head_columns(v)
@@ -142,10 +145,16 @@ def _chunked_backward(scale, residuals, dout):
         parts.append((dq, dk, dv))
     dq, dk, dv = zip(*parts, strict=True)
     dq, dk, dv = _from_head_rows(jnp.concatenate(dq, 2)), *(_from_head_columns(_sum_prefixes(d)) for d in (dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-chunked.defvjp(_chunked_forward, _chunked_backward)
+def _chunked_forward(q, k, v, segments, scale):
+    out, lse = chunked_forward(q, k, v, segments, scale)
+    out = checkpoint_name(out, "attention_out")
+    return out, (q, k, v, segments, out, lse)
+
+
+chunked.defvjp(_chunked_forward, lambda scale, kept, dout: (*chunked_backward(*kept, dout, scale), None))
 
 
 def cudnn(q: Array, k: Array, v: Array, scale: float, segments: Array | None = None) -> Array:

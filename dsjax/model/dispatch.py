@@ -1,8 +1,8 @@
-"""The expert exchange on a single device: tokens to the rows of their experts, and back.
+"""Tokens to the rows of their experts and back, as a pair of linear maps; and how a single device does it.
 
-`dispatch` and `combine` are linear, and each is the other's transpose. Both are gathers in both directions, because a
-row belongs to one token and a token knows its rows: nothing is ever scattered or added atomically, so the bits are the
-same every time. No token is dropped, whatever the router does.
+`dispatch` and `combine` are each the derivative of the other, whatever courier takes the tokens there. All is gathers
+in both directions, because a row belongs to one token and a token knows its rows: nothing is ever scattered or added
+atomically, so the bits are the same every time. No token is dropped, whatever the router does.
 
 Dimensions: T tokens, k experts per token, R rows (see `grouped_matmul`), E experts, D width.
 """
@@ -13,18 +13,68 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-from dsjax.model.grouped_matmul import Groups, buffer_rows, default_alignment, group_rows
-from dsjax.runtime import ExpertFunction, target_platform
+from dsjax.model.grouped_matmul import Groups, buffer_rows, group_rows
+from dsjax.runtime import Courier, ExpertFunction, Plan
+
+
+def dispatch(
+    courier: Courier, x: Float[Array, "T D"], weights: Float[Array, "T K"], *, named: bool = True
+) -> tuple[Plan, Float[Array, "R D"], Float[Array, "R"]]:
+    """Send each token to the rows of its experts, and the router's weight of each choice to its row.
+
+    Padding rows are zero, and have no weight.
+
+    Returns:
+        Also the plan, by which results come back.
+    """
+    with jax.named_scope("dispatch"):
+        return _dispatch(courier, x, weights, named)
+
+
+def combine(plan: Plan, rows: Float[Array, "R D"]) -> Float[Array, "T D"]:
+    """Return the sum of each token's rows, in the type of `rows`; sums within a device or node are in float32."""
+    with jax.named_scope("combine"):
+        return _combine(plan, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(courier, x, weights, named):
+    plan, arrived, arrived_weights = courier.send(x, weights)
+    return plan, plan.expand(arrived), plan.expand_weights(arrived_weights)
+
+
+def _dispatch_forward(courier, x, weights, named):
+    plan, rows, row_weights = _dispatch(courier, x, weights, named)
+    if named:
+        plan, row_weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "plan"), (plan, row_weights))
+    return (plan, rows, row_weights), plan
+
+
+def _dispatch_backward(named, plan, cotangents):
+    _, drows, dweights = cotangents
+    return None, *plan.back_with_weights(drows, dweights)
+
+
+@jax.custom_vjp
+def _combine(plan, rows):
+    return plan.back(rows)
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+_combine.defvjp(lambda plan, rows: (_combine(plan, rows), plan), lambda plan, dy: (None, plan.expand(plan.again(dy))))
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["groups", "slot_of_row", "row_of_slot"], meta_fields=[]
 )
 @dataclass(frozen=True)
-class Plan:
-    """Who goes where. A slot is one choice of one token: slot t * k + j is the j-th expert of token t."""
+class LocalPlan:
+    """Who goes where, on one device. A slot is a choice of a token: t * k + j is the j-th expert of token t.
+
+    A `runtime.Plan`: what arrives is what was sent.
+    """
 
     groups: Groups
     """The rows, one group per expert."""
@@ -32,6 +82,43 @@ class Plan:
     """Slot that each row serves; T * k for padding."""
     row_of_slot: Int32[Array, "T k"]
     """Row of each slot; R for a slot without an expert."""
+
+    def again(self, tokens: PyTree[Shaped[Array, "T ..."]]) -> PyTree[Shaped[Array, "T ..."]]:
+        return tokens
+
+    def row_sources(self) -> Int32[Array, "R"]:
+        return self.slot_of_row // self.row_of_slot.shape[1]
+
+    def expand(self, arrived: PyTree[Shaped[Array, "T ..."]]) -> PyTree[Shaped[Array, "R ..."]]:
+        return jax.tree.map(lambda leaf: take_or_zero(leaf, self.row_sources()), arrived)
+
+    def expand_weights(self, arrived: Float[Array, "T k"]) -> Float[Array, "R"]:
+        return take_or_zero(arrived.reshape(-1), self.slot_of_row)
+
+    def back(self, rows: PyTree[Float[Array, "R ..."]]) -> PyTree[Float[Array, "T ..."]]:
+        return jax.tree.map(lambda leaf: sum_of_rows(leaf, self.row_of_slot), rows)
+
+    def back_with_weights(
+        self, rows: Float[Array, "R ..."], of_rows: Float[Array, "R"]
+    ) -> tuple[Float[Array, "T ..."], Float[Array, "T k"]]:
+        return self.back(rows), take_or_zero(of_rows, self.row_of_slot)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["indices"], meta_fields=["num_experts", "alignment"])
+@dataclass(frozen=True)
+class LocalCourier:
+    """Takes tokens to experts on the same device; a `runtime.Courier`."""
+
+    indices: Int32[Array, "T k"]
+    """The experts of each token."""
+    num_experts: int
+    alignment: int
+    """Of the rows, see `group_rows`."""
+
+    def send(
+        self, tokens: PyTree[Shaped[Array, "T ..."]], weights: Float[Array, "T k"]
+    ) -> tuple[LocalPlan, PyTree[Shaped[Array, "T ..."]], Float[Array, "T k"]]:
+        return sort_by_expert(self.indices, self.num_experts, self.alignment), tokens, weights
 
 
 def exchange_locally(
@@ -42,13 +129,11 @@ def exchange_locally(
     num_experts: int,
 ) -> tuple[Float[Array, "T D"], Int32[Array, ""]]:
     """The `Exchange` of a single device, which holds all experts: sort, run them, sum each token's results."""
-    plan = sort_by_expert(indices, num_experts, default_alignment(target_platform()))
-    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "plan"), plan)
-    rows = experts(dispatch(plan, x), checkpoint_name(dispatch_weights(plan, weights), "plan"), plan.groups)
-    return combine(plan, rows), jnp.ones((), jnp.int32)
+    y, _ = experts(LocalCourier(indices, num_experts, experts.alignment), x, weights)
+    return y, jnp.ones((), jnp.int32)
 
 
-def sort_by_expert(indices: Int32[Array, "T k"], num_experts: int, alignment: int) -> Plan:
+def sort_by_expert(indices: Int32[Array, "T k"], num_experts: int, alignment: int) -> LocalPlan:
     """Give every (token, expert) choice a row, expert after expert, in the order of the tokens within an expert.
 
     Args:
@@ -88,45 +173,7 @@ def sort_by_expert(indices: Int32[Array, "T k"], num_experts: int, alignment: in
     group = jnp.minimum(jnp.repeat(groups.group_of_tile, alignment), num_experts - 1)
     in_use = row - groups.starts[group] < sizes[group]
     slot_of_row = jnp.where(in_use, jnp.take(order, row - shift[group], mode="clip"), slots)
-    return Plan(groups, slot_of_row, row_of_slot.reshape(tokens, k))
-
-
-def dispatch(plan: Plan, payload: PyTree[Array, "T ..."]) -> PyTree[Array, "R ..."]:
-    """Copy what each token brings to the rows of its experts; padding rows are zero."""
-    return jax.tree.map(lambda leaf: _dispatch(plan, leaf), payload)
-
-
-def combine(plan: Plan, rows: PyTree[Float[Array, "R ..."]]) -> PyTree[Float[Array, "T ..."]]:
-    """Sum the k rows of each token, in float32; the result has the type of `rows`."""
-    return jax.tree.map(lambda leaf: _combine(plan, leaf), rows)
-
-
-def dispatch_weights(plan: Plan, weights: Float[Array, "T k"]) -> Float[Array, "R"]:
-    """Bring the router's weight of each choice to its row; padding rows get zero."""
-    return _dispatch_weights(plan, weights)
-
-
-@jax.custom_vjp
-def _dispatch(plan, x):
-    return take_or_zero(x, plan.slot_of_row // plan.row_of_slot.shape[1])
-
-
-@jax.custom_vjp
-def _combine(plan, rows):
-    return sum_of_rows(rows, plan.row_of_slot)
-
-
-@jax.custom_vjp
-def _dispatch_weights(plan, weights):
-    return take_or_zero(weights.reshape(-1), plan.slot_of_row)
-
-
-_dispatch.defvjp(lambda plan, x: (_dispatch(plan, x), plan), lambda plan, dy: (None, _combine(plan, dy)))
-_combine.defvjp(lambda plan, rows: (_combine(plan, rows), plan), lambda plan, dy: (None, _dispatch(plan, dy)))
-_dispatch_weights.defvjp(
-    lambda plan, weights: (_dispatch_weights(plan, weights), plan),
-    lambda plan, dy: (None, take_or_zero(dy, plan.row_of_slot)),
-)
+    return LocalPlan(groups, slot_of_row, row_of_slot.reshape(tokens, k))
 
 
 def take_or_zero(x: Array, index: Int32[Array, "*shape"]) -> Array:

@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, PyTree
 
 from dsjax.config import ModelConfig
 from dsjax.model.layers import gate_up_matrix, linear, swiglu, weight
+from dsjax.numerics import linear as fp8
+from dsjax.numerics.weights import Fp8Weight
 
 
 class FeedForward(nnx.Module):
@@ -18,5 +20,7 @@ class FeedForward(nnx.Module):
 
 def feed_forward(params: PyTree, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """Return W_down (silu(W_gate x) * W_up x)."""
+    if isinstance(params["down"], Fp8Weight):
+        return fp8.feed_forward(x, params["gate_up"], params["down"])
     gate_up = checkpoint_name(linear(x, gate_up_matrix(params["gate_up"])), "gate_up")
     return linear(swiglu(gate_up), params["down"])

@@ -13,9 +13,13 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from dsjax.config import GroupedMatmulKernel
+from dsjax.pallas.hopper import resolve as resolve_for_hopper
+from dsjax.pallas.matmul import sixteen_bits
+from dsjax.pallas.matmul.schedules import ALIGNMENT
 from dsjax.runtime import target_platform
 
 MULTIPLES = (16, 4, 1)
@@ -95,23 +99,40 @@ def group_rows(sizes: Int32[Array, "G"], rows: int, alignment: int) -> Groups:
     return Groups(sizes, tiles * alignment, group_of_tile, tuple(blocks), rows, alignment)
 
 
-def resolve(impl: GroupedMatmulKernel, platform: str, copied_bytes: int = 0) -> GroupedMatmulKernel:
+def resolve(
+    impl: GroupedMatmulKernel, platform: str, *, dtype: DTypeLike, alignment: int, copied_bytes: int = 0
+) -> GroupedMatmulKernel:
     """The implementation that `impl` means on `platform` ("cpu", "gpu", "tpu", as `runtime.target_platform` says).
 
     `tiles` loops over blocks of rows that are really there, however they are divided: CPU, and correct everywhere.
-    `batched` is one batched product of all tiles with copies of their matrices: NVIDIA, where every turn of a loop is
-    felt, as long as these `copied_bytes` are at most `MOST_COPIED`; beyond, a turn's work is long. `ragged` is
-    `jax.lax.ragged_dot`, a kernel on TPU; elsewhere XLA multiplies every row with every matrix.
+    `mosaic` is the kernels of `pallas.matmul.sixteen_bits`: Hopper, for operands in bfloat16 and groups that begin at
+    multiples of 128. `batched` is one batched product of all tiles with copies of their matrices: other NVIDIA chips
+    and types, where every turn of a loop is felt, as long as these `copied_bytes` are at most `MOST_COPIED`; beyond, a
+    turn's work is long. `ragged` is `jax.lax.ragged_dot`, a kernel on TPU; elsewhere XLA multiplies every row with
+    every matrix.
+
+    Args:
+        dtype: of both operands.
 
     Raises:
-        ValueError: no such implementation.
+        ValueError: no such implementation, or `mosaic` where it does not work.
     """
     if impl not in get_args(GroupedMatmulKernel):
         raise ValueError(
             f"grouped matmul: no implementation {impl!r}; there are {', '.join(get_args(GroupedMatmulKernel))}"
         )
+    on_hopper = platform == "gpu" and resolve_for_hopper("auto") == "mosaic"
+    fits = on_hopper and dtype == jnp.bfloat16 and alignment == ALIGNMENT
+    if impl == "mosaic" and not fits:
+        here = f"{'Hopper' if on_hopper else platform}, {jnp.dtype(dtype).name} and {alignment}"
+        raise ValueError(
+            f"grouped matmul 'mosaic' needs a Hopper GPU (H100, H200, H800), bfloat16 and alignment = {ALIGNMENT}; "
+            f"here are {here}; 'auto' runs everywhere"
+        )
     if impl != "auto":
         return impl
+    if fits:
+        return "mosaic"
     return {"cpu": "tiles", "tpu": "ragged"}.get(platform, "batched" if copied_bytes <= MOST_COPIED else "tiles")
 
 
@@ -124,7 +145,7 @@ def grouped_matmul(
     of `x` and of `w` are separate equations, so that a pipeline can put off the second.
 
     Raises:
-        ValueError: shapes that do not fit, or no such implementation.
+        ValueError: shapes that do not fit, or no such implementation here.
     """
     if x.shape[0] != groups.rows or w.shape[0] != groups.sizes.shape[0] or x.shape[1] != w.shape[2]:
         raise ValueError(
@@ -132,7 +153,14 @@ def grouped_matmul(
             f"[{groups.sizes.shape[0]}, N, K]"
         )
     copied_bytes = groups.rows // groups.alignment * w[0].size * w.dtype.itemsize
-    return _grouped_matmul(x, w, groups, resolve(impl, target_platform(), copied_bytes))
+    resolved = resolve(
+        impl,
+        target_platform(),
+        dtype=jnp.promote_types(x.dtype, w.dtype),
+        alignment=groups.alignment,
+        copied_bytes=copied_bytes,
+    )
+    return _grouped_matmul(x, w, groups, resolved)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -161,6 +189,8 @@ def _rows_times_matrices(
     """x @ w[g].T (`contract` = 2) or x @ w[g] (`contract` = 1), row by row."""
     out_width = w.shape[3 - contract]
     match impl:
+        case "mosaic" | "interpret":  # the latter for tests
+            return sixteen_bits.grouped_matmul(x, w, groups.group_of_tile, contract=contract, impl=impl)
         case "tiles":
             y = jnp.zeros((groups.rows, out_width), x.dtype)
             for size, (starts, group_of_block, count) in zip(groups.block_sizes, groups.blocks, strict=True):
@@ -194,6 +224,8 @@ def _rows_times_rows(
     """dy.T @ x of each group's rows, in float32. Zero rows of `x` count for nothing, whatever `dy` holds there."""
     num_groups = groups.sizes.shape[0]
     match impl:
+        case "mosaic" | "interpret":
+            return sixteen_bits.grouped_wgrad(dy, x, groups.padded_sizes, impl=impl)
         case "tiles":
             dw = jnp.zeros((num_groups, dy.shape[1], x.shape[1]), jnp.float32)
             for size, (starts, group_of_block, count) in zip(groups.block_sizes, groups.blocks, strict=True):

@@ -7,6 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from dsjax.config import ModelConfig
+from dsjax.numerics import linear as fp8
+from dsjax.numerics.weights import Fp8Weight
 
 
 class RouterBias(nnx.Variable):
@@ -29,8 +31,10 @@ def norm_weight(width: int) -> nnx.Param:
     return nnx.Param(jnp.ones(width, jnp.float32))
 
 
-def linear(x: Float[Array, "*batch I"], w: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
+def linear(x: Float[Array, "*batch I"], w: Float[Array, "O I"] | Fp8Weight) -> Float[Array, "*batch O"]:
     """Return x w^T, in x's format."""
+    if isinstance(w, Fp8Weight):
+        return fp8.linear(x, w)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 

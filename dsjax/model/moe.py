@@ -1,7 +1,7 @@
 """The mixture of experts: routed and shared experts, aux-loss-free balancing (DeepSeekMoE, report section 2.1.2)."""
 
-import functools
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.config import ModelConfig
 from dsjax.model.context import Context
-from dsjax.model.dispatch import exchange_locally
+from dsjax.model.dispatch import combine, dispatch, exchange_locally
 from dsjax.model.ffn import FeedForward, feed_forward
-from dsjax.model.grouped_matmul import grouped_matmul
+from dsjax.model.grouped_matmul import default_alignment, grouped_matmul
 from dsjax.model.layers import RouterBias, gate_up_matrix, swiglu, weight
 from dsjax.model.router import add_loss, expert_loads, route, sequence_balance_loss
-from dsjax.runtime import Runtime
+from dsjax.numerics import experts as fp8
+from dsjax.numerics.weights import Fp8Weight
+from dsjax.runtime import Courier, Plan, Runtime, target_platform
 
 
 class MoEAux(NamedTuple):
@@ -57,8 +59,7 @@ def moe(
     tokens = x.reshape(-1, config.hidden_size)
     routing = route(params["router"], ctx.router_bias, tokens, config)
 
-    experts = functools.partial(expert_ffn, params["experts"], runtime=runtime)
-    exchange = runtime.exchange or exchange_locally
+    experts, exchange = RoutedExperts(params["experts"], runtime), runtime.exchange or exchange_locally
     routed, rounds = exchange(experts, tokens, routing.indices, routing.weights, config.n_routed_experts)
     y = (routed + feed_forward(params["shared"], tokens)).reshape(x.shape)
 
@@ -68,25 +69,38 @@ def moe(
     return y, MoEAux(loads, jax.lax.stop_gradient(balance_loss), rounds)
 
 
-def expert_ffn(
-    params: PyTree,
-    rows: Float[Array, "R D"],
-    weights: Float[Array, " R"],
-    groups: Any,
-    *,
-    runtime: Runtime,
-    named: bool = True,
-) -> Float[Array, "R D"]:
-    """Return each row's expert applied to it, times its routing weight; with `params` bound, an `ExpertFunction`.
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The `ExpertFunction` of a layer."""
 
-    The weight multiplies the SwiGLU output, before the down projection (spec 1.6), so that combining is a plain sum.
-    """
+    params: PyTree
+    runtime: Runtime
 
-    def name(array: Array, what: str) -> Array:
-        return checkpoint_name(array, what) if named else array
+    @property
+    def alignment(self) -> int:
+        return fp8.ALIGNMENT if self._in_fp8 else default_alignment(target_platform())
 
-    rows = name(rows, "dispatched")
-    impl = runtime.grouped_matmul
-    gate_up = grouped_matmul(rows, gate_up_matrix(params["gate_up"]).astype(rows.dtype), groups, impl=impl)
-    activated = swiglu(name(gate_up, "gate_up")) * weights[:, None].astype(rows.dtype)
-    return grouped_matmul(activated, params["down"].astype(rows.dtype), groups, impl=impl)
+    @property
+    def _in_fp8(self) -> bool:
+        return isinstance(self.params["down"], Fp8Weight)
+
+    def __call__(
+        self, courier: Courier, x: Float[Array, "T D"], weights: Float[Array, "T K"], *, named: bool = True
+    ) -> tuple[Float[Array, "T D"], Plan]:
+        """Return each token's sum; its weight multiplies an expert's SwiGLU output, before the down projection.
+
+        So combining is a plain sum (spec 1.6).
+        """
+        if self._in_fp8:
+            return fp8.routed_experts(courier, x, weights, self.params["gate_up"], self.params["down"], named=named)
+
+        def name(array: Array, what: str) -> Array:
+            return checkpoint_name(array, what) if named else array
+
+        plan, rows, row_weights = dispatch(courier, x, weights, named=named)
+        rows, impl = name(rows, "dispatched"), self.runtime.grouped_matmul
+        matrices = gate_up_matrix(self.params["gate_up"]), self.params["down"]
+        gate_up, down = (matrix.astype(rows.dtype) for matrix in matrices)
+        activated = swiglu(name(grouped_matmul(rows, gate_up, plan.groups, impl=impl), "gate_up"))
+        activated *= row_weights[:, None].astype(rows.dtype)
+        return combine(plan, grouped_matmul(activated, down, plan.groups, impl=impl)), plan

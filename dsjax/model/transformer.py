@@ -20,6 +20,7 @@ from dsjax.model.layout import Rows, stack
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import MoEAux
 from dsjax.model.mtp import MTP, mtp
+from dsjax.numerics.weights import quantize_weights
 from dsjax.runtime import Runtime, full_precision
 
 
@@ -45,7 +46,7 @@ class Transformer(nnx.Module):
         """Return float32 logits of the next token at every position, and what the MoE layers report."""
         runtime = runtime or Runtime()
         params, biases = (stack(tree, self.config) for tree in split(self))
-        params = cast_weights(params, runtime.compute_dtype)
+        params = quantize_weights(cast_weights(params, runtime.compute_dtype), runtime.recipe)
         ctx = context(self.config, tokens.shape[1])
         hidden, aux = hidden_states(params, biases, params["embed"][tokens], ctx, config=self.config, runtime=runtime)
         return logits(params, hidden), aux
@@ -200,7 +201,7 @@ def losses(
         biases: router biases, stacked.
         segments: document of each token, where attention is to stop at document borders.
     """
-    params = cast_weights(params, runtime.compute_dtype)
+    params = quantize_weights(cast_weights(params, runtime.compute_dtype), runtime.recipe)
     ctx = context(config, tokens.shape[1] - 1, segments=segments, balance_weight=balance_weight)
     x = dense_layers(params, params["embed"][tokens[:, :-1]], ctx, config=config, runtime=runtime)
     x, aux = moe_layers(params, biases, x, ctx, config=config, runtime=runtime)

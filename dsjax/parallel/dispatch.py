@@ -7,8 +7,8 @@ that forwarder sends one copy to the owner of each expert. Results come back the
 inside the node before they cross again (report section 3.2.2). All of it is gathers and all-to-alls between buffers of
 fixed size; what a buffer does not hold is left for the next round, in which the same code runs with another plan.
 
-`dispatch` and `combine` are linear and each the other's transpose, by construction: one is the other's derivative, with
-the same plan. They know nothing of what they carry: a payload is any pytree of arrays [T, ...].
+The ways there and back are linear and each the other's transpose, by construction; `model.dispatch` makes each the
+other's derivative. They know nothing of what they carry: tokens are any pytree of arrays [T, ...].
 
 Dimensions: T tokens of a device, K experts of a token, N nodes, L devices of a node, C slots of a buffer for one peer,
 S = N C slots at a forwarder, R rows of expert inputs.
@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
 from dsjax.config import Transport
 from dsjax.model import dispatch as within_device
 from dsjax.model.dispatch import sort_by_expert, sum_of_rows, take_or_zero
+from dsjax.model.grouped_matmul import Groups
 from dsjax.parallel.mesh import EXPERT_AXES
 from dsjax.parallel.transport import move
 
@@ -67,7 +68,7 @@ def line_up(peer: Int32[Array, "I"], peers: int) -> Queues:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["item_of_slot", "slot_of_item", "sent", "received"],
+    data_fields=["item_of_slot", "slot_of_item", "sent", "received", "waiting"],
     meta_fields=["axis", "transport"],
 )
 @dataclass(frozen=True)
@@ -82,35 +83,31 @@ class Hop:
     """Slots in use, by receiver."""
     received: Int32[Array, "n"]
     """The same at the other end, by sender."""
+    waiting: Bool[Array, ""]
+    """Whether there are items for later rounds."""
     axis: str
     """Of the mesh."""
     transport: Transport
 
-    def rows_there(self, payload: PyTree[Array, "T ..."]) -> PyTree[Array, "nC ..."]:
-        """Send a copy of its row with every item; unused slots are zero."""
+    def there(
+        self, rows: PyTree[Shaped[Array, "T ..."]], items: PyTree[Shaped[Array, "T f"]] = ()
+    ) -> tuple[PyTree[Shaped[Array, "nC ..."]], PyTree[Shaped[Array, "nC"]]]:
+        """Send, with every item, a copy of its row and what is its own; unused slots are zero."""
         row_of_slot = self.item_of_slot // self.slot_of_item.shape[1]
-        return jax.tree.map(lambda leaf: self._move(take_or_zero(leaf, row_of_slot)), payload)
+        copies = jax.tree.map(lambda leaf: take_or_zero(leaf, row_of_slot), rows)
+        own = jax.tree.map(lambda leaf: take_or_zero(leaf.reshape(-1), self.item_of_slot), items)
+        moved = move((copies, own), self.sent, self.received, axis=self.axis, transport=self.transport)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), moved)
 
-    def rows_back(self, payload: PyTree[Array, "nC ..."]) -> PyTree[Array, "T ..."]:
-        """Return the sum over each row's items of what lies in their slots: the transpose of `rows_there`."""
-        return jax.tree.map(lambda leaf: sum_of_rows(self._move_back(leaf), self.slot_of_item), payload)
-
-    def items_there(self, items: Array) -> Array:
-        """Send a number [T, f] of every item."""
-        return self._move(take_or_zero(items.reshape(-1), self.item_of_slot))
-
-    def items_back(self, items: Array) -> Array:
-        """The transpose of `items_there`."""
-        return take_or_zero(self._move_back(items), self.slot_of_item)
-
-    def _move(self, buffer: Array) -> Array:
-        moved = move(buffer, self.sent, self.received, axis=self.axis, transport=self.transport)
-        return moved.reshape(-1, *moved.shape[2:])
-
-    def _move_back(self, slots: Array) -> Array:
-        buffer = slots.reshape(*self.item_of_slot.shape, *slots.shape[1:])
-        moved = move(buffer, self.received, self.sent, axis=self.axis, transport=self.transport)
-        return moved.reshape(-1, *moved.shape[2:])
+    def back(
+        self, rows: PyTree[Shaped[Array, "nC ..."]], items: PyTree[Shaped[Array, "nC"]] = ()
+    ) -> tuple[PyTree[Shaped[Array, "T ..."]], PyTree[Shaped[Array, "T f"]]]:
+        """The transpose of `there`: of what lies in the slots of a row's items, the sum, and what is their own."""
+        buffers = jax.tree.map(lambda leaf: leaf.reshape(*self.item_of_slot.shape, *leaf.shape[1:]), (rows, items))
+        moved = move(buffers, self.received, self.sent, axis=self.axis, transport=self.transport)
+        copies, own = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), moved)
+        summed = jax.tree.map(lambda leaf: sum_of_rows(leaf, self.slot_of_item), copies)
+        return summed, jax.tree.map(lambda leaf: take_or_zero(leaf, self.slot_of_item), own)
 
 
 def hop(
@@ -131,7 +128,8 @@ def hop(
     slot_of_item = jnp.where(travels, slot, queues.counts.size * capacity).reshape(rows, -1)
     sent = jnp.clip(queues.counts - start, 0, capacity)
     received = lax.all_to_all(sent, axis, 0, 0, tiled=True) if transport == "ragged" else sent
-    return Hop(item_of_slot, slot_of_item, sent, received, axis, transport)
+    waiting = (queues.counts > start + capacity).any()
+    return Hop(item_of_slot, slot_of_item, sent, received, waiting, axis, transport)
 
 
 @functools.partial(
@@ -139,7 +137,7 @@ def hop(
 )
 @dataclass(frozen=True)
 class Plan:
-    """The way of one round's tokens to their experts."""
+    """The way of one round's tokens to their experts, and back; see `runtime.Plan`."""
 
     to_node: Hop | None
     """Hop 1, a token per node; None where all experts are in one node."""
@@ -148,57 +146,41 @@ class Plan:
     within_device: within_device.Plan
     """From the slots of hop 2 to rows grouped by expert."""
 
+    @property
+    def groups(self) -> Groups:
+        return self.within_device.groups
 
-def dispatch(plan: Plan, payload: PyTree[Array, "T ..."]) -> PyTree[Array, "R ..."]:
-    """Copy what each token brings to the rows of its experts; padding rows are zero."""
-    return jax.tree.map(lambda leaf: _dispatch(plan, leaf), payload)
+    @property
+    def waiting(self) -> Bool[Array, ""]:
+        """Whether this device has tokens, or experts of tokens that came by, for later rounds."""
+        return self.to_device.waiting if self.to_node is None else self.to_device.waiting | self.to_node.waiting
 
+    def again(self, tokens: PyTree[Shaped[Array, "T ..."]]) -> PyTree[Shaped[Array, "S ..."]]:
+        if self.to_node is not None:
+            tokens, _ = self.to_node.there(tokens)
+        return self.to_device.there(tokens)[0]
 
-def combine(plan: Plan, rows: PyTree[Float[Array, "R ..."]]) -> PyTree[Float[Array, "T ..."]]:
-    """Return the sum of each token's rows; the transpose of `dispatch`.
+    def expand(self, arrived: PyTree[Shaped[Array, "S ..."]]) -> PyTree[Shaped[Array, "R ..."]]:
+        return self.within_device.expand(arrived)
 
-    Rows of a node are added in float32 and sent in their own type, then the sums of the nodes are.
-    """
-    return jax.tree.map(lambda leaf: _combine(plan, leaf), rows)
+    def expand_weights(self, arrived: Float[Array, "S"]) -> Float[Array, "R"]:
+        return self.within_device.expand_weights(arrived[:, None])
 
+    def row_sources(self) -> Int32[Array, "R"]:
+        return self.within_device.row_sources()
 
-def dispatch_weights(plan: Plan, weights: Float[Array, "T K"]) -> Float[Array, "R"]:
-    """Bring the router's weight of each choice to its row; padding rows get zero."""
-    return _dispatch_weights(plan, weights)
+    def back(self, rows: PyTree[Float[Array, "R ..."]]) -> PyTree[Float[Array, "T ..."]]:
+        slots, _ = self.to_device.back(self.within_device.back(rows))
+        return slots if self.to_node is None else self.to_node.back(slots)[0]
 
-
-@jax.custom_vjp
-def _dispatch(plan, x):
-    if plan.to_node is not None:
-        x = plan.to_node.rows_there(x)
-    return within_device.dispatch(plan.within_device, plan.to_device.rows_there(x))
-
-
-@jax.custom_vjp
-def _combine(plan, rows):
-    y = plan.to_device.rows_back(within_device.combine(plan.within_device, rows))
-    return y if plan.to_node is None else plan.to_node.rows_back(y)
-
-
-@jax.custom_vjp
-def _dispatch_weights(plan, weights):
-    if plan.to_node is not None:
-        weights = plan.to_node.rows_there(weights)
-    slots = plan.to_device.items_there(weights)
-    return within_device.dispatch_weights(plan.within_device, slots[:, None])
-
-
-def _weights_back(plan, of_rows):
-    slots = take_or_zero(of_rows, plan.within_device.row_of_slot[:, 0])
-    weights = plan.to_device.items_back(slots)
-    return weights if plan.to_node is None else plan.to_node.rows_back(weights)
-
-
-_dispatch.defvjp(lambda plan, x: (_dispatch(plan, x), plan), lambda plan, dy: (None, _combine(plan, dy)))
-_combine.defvjp(lambda plan, rows: (_combine(plan, rows), plan), lambda plan, dy: (None, _dispatch(plan, dy)))
-_dispatch_weights.defvjp(
-    lambda plan, weights: (_dispatch_weights(plan, weights), plan), lambda plan, dy: (None, _weights_back(plan, dy))
-)
+    def back_with_weights(
+        self, rows: Float[Array, "R ..."], of_rows: Float[Array, "R"]
+    ) -> tuple[Float[Array, "T ..."], Float[Array, "T K"]]:
+        tokens, weights = self.within_device.back_with_weights(rows, of_rows)
+        tokens, weights = self.to_device.back(tokens, weights[:, 0])
+        if self.to_node is None:
+            return tokens, weights
+        return self.to_node.back((tokens, weights))[0]
 
 
 @dataclass(frozen=True)
@@ -272,39 +254,53 @@ def active_rounds(route: Route, queues: Queues | None, indices: Int32[Array, "T 
     return (first < needed1) & (second < needed2[:, None])
 
 
-def plan_round(
-    route: Route,
-    queues: Queues | None,
-    indices: Int32[Array, "T K"],
-    round1: Int[Array, ""] | int,
-    round2: Int[Array, ""] | int,
-    alignment: int,
-) -> Plan:
-    """Return the way of the tokens that travel in round `round1` of hop 1 and, of these, `round2` of hop 2.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["queues", "indices", "round1", "round2"],
+    meta_fields=["route", "alignment"],
+)
+@dataclass(frozen=True)
+class Courier:
+    """Takes the tokens that travel in round `round1` of hop 1 and, of these, `round2` of hop 2 to their experts."""
 
-    Args:
-        indices: the experts of each token.
-        alignment: of the rows, see `group_rows`.
-    """
-    # Experts travel as numbers from 1, so that the zeros of unused slots mean none.
-    experts = (indices + 1).astype(jnp.int16 if route.num_experts < 2**15 else jnp.int32)
-    to_node = None
-    if queues is not None:
-        to_node = hop(queues, len(indices), route.node_capacity, round1, axis="node", transport=route.transport)
-        experts = to_node.rows_there(experts)
-    expert = experts.astype(jnp.int32) - 1
-    first = lax.axis_index("node") * route.experts_of_node
-    here = (expert >= first) & (expert < first + route.experts_of_node)
-    device = jnp.where(here, (expert - first) // route.experts_of_device, route.devices)
-    to_device = hop(
-        line_up(device.reshape(-1), route.devices),
-        len(experts),
-        route.device_capacity,
-        round2,
-        axis="local",
-        transport=route.transport,
-    )
-    expert = to_device.items_there(experts).astype(jnp.int32) - 1
-    own = expert - first - lax.axis_index("local") * route.experts_of_device
-    own = jnp.where(expert < 0, route.experts_of_device, own)
-    return Plan(to_node, to_device, sort_by_expert(own[:, None], route.experts_of_device, alignment))
+    queues: Queues | None
+    """Of hop 1."""
+    indices: Int32[Array, "T K"]
+    """The experts of each token."""
+    round1: Int[Array, ""] | int
+    round2: Int[Array, ""] | int
+    route: Route
+    alignment: int
+    """Of the rows, see `group_rows`."""
+
+    def send(
+        self, tokens: PyTree[Shaped[Array, "T ..."]], weights: Float[Array, "T K"]
+    ) -> tuple[Plan, PyTree[Shaped[Array, "S ..."]], Float[Array, "S"]]:
+        """Send all that a token brings, in one message per hop; see `runtime.Courier`."""
+        route = self.route
+        # Experts travel as numbers from 1, so that the zeros of unused slots mean none.
+        experts = (self.indices + 1).astype(jnp.int16 if route.num_experts < 2**15 else jnp.int32)
+        to_node = None
+        if self.queues is not None:
+            to_node = hop(
+                self.queues, len(experts), route.node_capacity, self.round1, axis="node", transport=route.transport
+            )
+            (tokens, weights, experts), _ = to_node.there((tokens, weights, experts))
+        expert = experts.astype(jnp.int32) - 1
+        first = lax.axis_index("node") * route.experts_of_node
+        here = (expert >= first) & (expert < first + route.experts_of_node)
+        device = jnp.where(here, (expert - first) // route.experts_of_device, route.devices)
+        to_device = hop(
+            line_up(device.reshape(-1), route.devices),
+            len(experts),
+            route.device_capacity,
+            self.round2,
+            axis="local",
+            transport=route.transport,
+        )
+        tokens, (weights, experts) = to_device.there(tokens, (weights, experts))
+        expert = experts.astype(jnp.int32) - 1
+        own = expert - first - lax.axis_index("local") * route.experts_of_device
+        own = jnp.where(expert < 0, route.experts_of_device, own)
+        within = sort_by_expert(own[:, None], route.experts_of_device, self.alignment)
+        return Plan(to_node, to_device, within), tokens, weights

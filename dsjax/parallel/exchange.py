@@ -14,10 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from dsjax.config import Config, ModelConfig
-from dsjax.model.grouped_matmul import default_alignment
 from dsjax.parallel import dispatch as hops
-from dsjax.parallel.dispatch import Route
-from dsjax.runtime import Exchange, ExpertFunction, target_platform
+from dsjax.parallel.dispatch import Courier, Plan, Route
+from dsjax.parallel.mesh import EXPERT_AXES
+from dsjax.runtime import Exchange, ExpertFunction, Recipe
 
 
 def exchange_of(config: Config) -> Exchange | None:
@@ -66,15 +66,18 @@ def _rounded_up(rows: float) -> int:
     return math.ceil(rows / step) * step
 
 
-def bytes_of_round(route: Route, model: ModelConfig, itemsize: int) -> tuple[int, int]:
+def bytes_of_round(route: Route, model: ModelConfig, itemsize: int, recipe: Recipe | None = None) -> tuple[int, int]:
     """Return how many bytes a device sends to other nodes, and to other devices of its node, in a round of padded hops.
 
     Forward and backward pass of a layer together: rows four times, weights of choices twice, numbers of experts once.
 
     Args:
         itemsize: bytes of a number of the payload.
+        recipe: of FP8, in which half of the rows travel.
     """
-    row, choice = 4 * model.hidden_size * itemsize, 2 * 4 + (2 if route.num_experts < 2**15 else 4)
+    sums = model.hidden_size * itemsize
+    sent = sums if recipe is None else model.hidden_size + 4 * math.ceil(model.hidden_size / recipe.tile)
+    row, choice = 2 * (sent + sums), 2 * 4 + (2 if route.num_experts < 2**15 else 4)
     to_nodes = (route.nodes - 1) * route.node_capacity * (row + model.num_experts_per_tok * choice)
     to_devices = (route.devices - 1) * route.device_capacity * (row + choice)
     return to_nodes, to_devices
@@ -92,28 +95,21 @@ def exchange_in_rounds(
     Args:
         experts: the experts of this device.
     """
-    alignment = default_alignment(target_platform())
-
-    def one_round(round1: Int[Array, ""] | int, round2: Int[Array, ""] | int, named: bool) -> Float[Array, "T D"]:
-        def name(leaf: Array) -> Array:
-            return checkpoint_name(leaf, "plan") if named else leaf
-
-        with jax.named_scope("dispatch"):
-            plan = jax.tree.map(name, hops.plan_round(route, queues, indices, round1, round2, alignment))
-            rows, row_weights = hops.dispatch(plan, x), name(hops.dispatch_weights(plan, weights))
-        rows = experts(rows, row_weights, plan.within_device.groups, named=named)
-        with jax.named_scope("combine"):
-            return hops.combine(plan, rows)
-
     with jax.named_scope("dispatch"):
         queues = hops.queues_to_nodes(route, indices)
-    y = one_round(0, 0, named=True)
-    if route.rounds(*indices.shape) == (1, 1):
-        return y, jnp.ones((), jnp.int32)
-    with jax.named_scope("dispatch"):
-        active = checkpoint_name(hops.active_rounds(route, queues, indices), "plan")
 
-    def further_rounds(y: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def one_round(round1: Int[Array, ""] | int, round2: Int[Array, ""] | int, named: bool) -> tuple[Array, Plan]:
+        courier = Courier(queues, indices, round1, round2, route, experts.alignment)
+        return experts(courier, x, weights, named=named)
+
+    y, plan = one_round(0, 0, named=True)
+    one = jnp.ones((), jnp.int32)
+    if route.rounds(*indices.shape) == (1, 1):
+        return y, one
+
+    def further_rounds(y: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], Int32[Array, ""]]:
+        active = hops.active_rounds(route, queues, indices)
+
         def step(total: Float[Array, "T D"], number: Int[Array, ""]) -> tuple[Float[Array, "T D"], None]:
             round1, round2 = number // active.shape[1], number % active.shape[1]
 
@@ -122,15 +118,15 @@ def exchange_in_rounds(
                 return lax.cond(
                     active[round1, round2],
                     # What bears a name would be kept: of every round that there could be.
-                    lambda: one_round(round1, round2, named=False).astype(jnp.float32),
+                    lambda: one_round(round1, round2, named=False)[0].astype(jnp.float32),
                     lambda: jnp.zeros(x.shape, jnp.float32),
                 )
 
             return total + part(round1, round2), None
 
         total, _ = lax.scan(step, y.astype(jnp.float32), jnp.arange(1, active.size))
-        return total.astype(y.dtype)
+        return total.astype(y.dtype), active.sum(dtype=jnp.int32)
 
     with jax.named_scope("overflow"):
-        y = lax.cond(active.sum() > 1, jax.checkpoint(further_rounds), lambda y: y, y)
-    return y, active.sum(dtype=jnp.int32)
+        overflows = checkpoint_name(lax.pmax(lax.stop_gradient(plan.waiting), EXPERT_AXES), "plan")
+        return lax.cond(overflows, jax.checkpoint(further_rounds), lambda y: (y, one), y)

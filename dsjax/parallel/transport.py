@@ -1,15 +1,18 @@
 """All-to-all along one axis of the mesh, in three ways that give the same result.
 
-Every device holds a buffer [n, C, ...]: C slots for each of the n devices of the axis, the first `sent[i]` of which go
+Every device holds buffers [n, C, ...]: C slots for each of the n devices of the axis, the first `sent[i]` of which go
 to device i. It gets as many of each, again n times C slots, and zeros where nothing was sent. A move is its own
 transpose, with `sent` and `received` exchanged.
 """
 
+import math
+from itertools import accumulate
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, PyTree
 
 from dsjax.config import Transport
 from dsjax.runtime import target_platform
@@ -27,32 +30,55 @@ def resolve(transport: Transport, platform: str) -> str:
 
 
 def move(
-    buffer: Array, sent: Int32[Array, " n"], received: Int32[Array, " n"], *, axis: str, transport: Transport
-) -> Array:
+    payload: PyTree[Array], sent: Int32[Array, " n"], received: Int32[Array, " n"], *, axis: str, transport: Transport
+) -> PyTree[Array]:
     """Return what all devices of the axis sent here, by sender; slots that are not in use hold zeros.
 
     Args:
-        buffer: [n, C, ...], by receiver. Unused slots must hold zeros.
+        payload: [n, C, ...], by receiver; several arrays travel as one message. Unused slots must hold zeros.
         sent: slots in use, by receiver.
         received: the same at the other end: slots in use, by sender.
         axis: of the mesh.
     """
     if lax.axis_size(axis) == 1:
-        return buffer
-    if jnp.issubdtype(buffer.dtype, jnp.floating):
-        # Numbers travel as bits: XLA would send BF16 as float32 where a platform has no BF16 sums, as CPUs.
-        bits = lax.bitcast_convert_type(buffer, jnp.dtype(f"uint{8 * buffer.dtype.itemsize}"))
-        moved = move(bits, sent, received, axis=axis, transport=transport)
-        return lax.bitcast_convert_type(moved, buffer.dtype)
+        return payload
+    leaves, structure = jax.tree.flatten(payload)
+    # Numbers travel as bits: XLA would send BF16 as float32 where a platform has no BF16 sums, as CPUs.
+    unit = max(size for size in (4, 2, 1) if not any(_row_bytes(leaf) % size for leaf in leaves))
+    words = [_to_words(leaf, unit) for leaf in leaves]
+    buffer = words[0] if len(words) == 1 else jnp.concatenate(words, axis=-1)
     match resolve(transport, target_platform()):
         case "padded":
-            return lax.all_to_all(buffer, axis, 0, 0, tiled=True)
+            moved = lax.all_to_all(buffer, axis, 0, 0, tiled=True)
         case "gather":
-            return lax.all_gather(buffer, axis)[:, lax.axis_index(axis)]
+            moved = lax.all_gather(buffer, axis)[:, lax.axis_index(axis)]
         case "ragged":
-            return _ragged(lax.ragged_all_to_all, buffer, sent, received, axis)
+            moved = _ragged(lax.ragged_all_to_all, buffer, sent, received, axis)
         case "ragged, emulated":
-            return _ragged(_emulated_ragged_all_to_all, buffer, sent, received, axis)
+            moved = _ragged(_emulated_ragged_all_to_all, buffer, sent, received, axis)
+    ends = list(accumulate(w.shape[-1] for w in words))
+    parts = [moved] if len(words) == 1 else jnp.split(moved, ends[:-1], axis=-1)
+    return structure.unflatten([_from_words(part, leaf) for part, leaf in zip(parts, leaves, strict=True)])
+
+
+def _row_bytes(leaf: Array) -> int:
+    return math.prod(leaf.shape[2:]) * leaf.dtype.itemsize
+
+
+def _to_words(leaf: Array, unit: int) -> Array:
+    """Return the bits of every slot as a row of unsigned integers of `unit` bytes."""
+    word, size = jnp.dtype(f"uint{8 * unit}"), leaf.dtype.itemsize
+    rows = leaf.reshape(*leaf.shape[:2], -1)
+    if size < unit:
+        rows = rows.reshape(*rows.shape[:2], -1, unit // size)
+    return lax.bitcast_convert_type(rows, word).reshape(*leaf.shape[:2], -1)
+
+
+def _from_words(words: Array, like: Array) -> Array:
+    unit, size = words.dtype.itemsize, like.dtype.itemsize
+    if size > unit:
+        words = words.reshape(*words.shape[:2], -1, size // unit)
+    return lax.bitcast_convert_type(words, like.dtype).reshape(like.shape)
 
 
 def _ragged(primitive, buffer: Array, sent: Array, received: Array, axis: str) -> Array:

@@ -20,8 +20,8 @@ What lies between the pieces:
 - The tape is what the weights' products read (their inputs and the cotangents of their outputs), and those gradients
   that take no product, such as the gains of norms, ready. Of values that are casts or other layouts of each other, the
   ones that take least memory are kept, on the tape as among the residuals.
-- `bwd_weight` holds the products of `PRODUCTS` that `dx` does not need, and what follows from them; collectives stay in
-  `bwd_input` unless they follow from such a product.
+- `bwd_weight` holds the products (`equations.PRODUCTS`) that `dx` does not need, and what follows from them;
+  collectives stay in `bwd_input` unless they follow from such a product.
 
 Loops (`lax.scan`, `lax.while_loop`) are units: one that makes gradients of inputs and of weights runs in `bwd_input`
 and leaves the latter on the tape, so layers should be unrolled. A `lax.cond` is in both pieces, in each without what
@@ -45,8 +45,8 @@ from jax.extend.core import primitives
 from jax.interpreters import partial_eval  # undocumented; only `dce_jaxpr`, in `_restricted`
 from jaxtyping import Array, PyTree
 
-PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated", "scatter-add", "pallas_call", "ffi_call"}
-"""Primitives that may make a weight's gradient."""
+from dsjax.pipeline.equations import as_function, has_product, reads, variables
+
 BARRIER = "optimization_barrier"
 FREE = {
     "name",
@@ -130,7 +130,7 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
     program = _Program(closed.jaxpr)
     param_vars, x_vars, ctx_vars = (_new_vars(tree) for tree in (params, x, ctx))
     y_out, aux_out, leaves_out = _divided(program.inline(closed, [*param_vars, *x_vars, *ctx_vars]), y, aux, leaves)
-    if program.depend_only_on([*param_vars, *ctx_vars]).issuperset(_vars(y_out)):
+    if program.depend_only_on([*param_vars, *ctx_vars]).issuperset(variables(y_out)):
         raise ValueError("no output y of the chunk depends on x")
     before = {*x_vars, *(var for eqn in program.eqns for var in eqn.outvars)}
 
@@ -148,10 +148,10 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
 
     again = [*param_vars, *ctx_vars]
     results = [*dx_out, *dparams_out]
-    kept = _read(program.slice(results, available=[*before, *again, *dy_vars]), results)
+    kept = reads(program.slice(results, available=[*before, *again, *dy_vars]), results)
     residual_vars = program.smallest((v for v in kept if v in before), given=again)
     products = program.only_weights(dx_out, dparams_out, available=[*again, *residual_vars, *dy_vars])
-    tape_vars = program.smallest(_read(products, dparams_out), given=param_vars, inputs=[*residual_vars, *dy_vars])
+    tape_vars = program.smallest(reads(products, dparams_out), given=param_vars, inputs=[*residual_vars, *dy_vars])
 
     residuals, tape = (tuple(_aval(var.aval) for var in variables) for variables in (residual_vars, tape_vars))
     of_forward = {"params": params, "x": x, "ctx": ctx}
@@ -189,14 +189,14 @@ class _Program:
             atoms[var] = jex.Var(var.aval)
             self.consts[atoms[var]] = value
 
-        def read(atom: Any) -> Any:
+        def value(atom: Any) -> Any:
             return atom if isinstance(atom, jex.Literal) else atoms[atom]
 
         for eqn in inner.eqns:
             source = eqn.source_info
             if stack is not None:
                 source = source.replace(name_stack=stack + source.name_stack)
-            operands = [read(atom) for atom in eqn.invars]
+            operands = [value(atom) for atom in eqn.invars]
             if eqn.primitive in CALLS:
                 (body,) = jex.jaxprs_in_params(eqn.params)
                 if eqn.primitive is primitives.remat_p and eqn.params["differentiated"]:
@@ -209,7 +209,7 @@ class _Program:
             outvars = [jex.Var(var.aval) for var in eqn.outvars]
             atoms.update(zip(eqn.outvars, outvars, strict=True))
             self.eqns.append(eqn.replace(invars=operands, outvars=outvars, source_info=source))
-        return [read(atom) for atom in inner.outvars]
+        return [value(atom) for atom in inner.outvars]
 
     def _behind_barrier(self, eqn: jex.JaxprEqn, operands: list[Any], stack: Any) -> list[Any]:
         """Keep recomputation from being done early, as `jax.checkpoint` does: not before what it is used with is there.
@@ -228,12 +228,12 @@ class _Program:
     def slice(self, wanted: Iterable[Any], available: Iterable[jex.Var]) -> list[jex.JaxprEqn]:
         """Return the equations that make `wanted` from `available` and constants."""
         available = {*available, *self.consts}
-        needed = {*_vars(wanted)} - available
+        needed = {*variables(wanted)} - available
         eqns = []
         for eqn in reversed(self.eqns):
             if not needed.isdisjoint(eqn.outvars):
                 eqns.append(_restricted(eqn, needed))
-                needed |= {*_vars(eqns[-1].invars)} - available
+                needed |= {*variables(eqns[-1].invars)} - available
         return eqns[::-1]
 
     def depend_only_on(self, given: Iterable[jex.Var]) -> set[Any]:
@@ -241,7 +241,7 @@ class _Program:
         found = {*given, *self.consts}
         for eqn in self.eqns:
             for var, alone in _by_output(eqn):
-                if found.issuperset(_vars(alone.invars)):
+                if found.issuperset(variables(alone.invars)):
                     found.add(var)
         return found
 
@@ -250,7 +250,7 @@ class _Program:
         done = {var for eqn in self.slice(dx, available) for var in eqn.outvars}
         eqns, made = [], set()
         for eqn in self.slice(dparams, [*available, *done]):
-            if _has_product(eqn) or not made.isdisjoint(_vars(eqn.invars)):
+            if has_product(eqn) or not made.isdisjoint(variables(eqn.invars)):
                 eqns.append(eqn)
                 made.update(eqn.outvars)
         return eqns
@@ -267,7 +267,7 @@ class _Program:
         source = {}
         for eqn in self.eqns:
             for var, alone in _by_output(eqn):
-                reads = [v for v in _vars(alone.invars) if v not in given]
+                reads = [v for v in variables(alone.invars) if v not in given]
                 if len(reads) == 1 and _is_free(alone):
                     source[var] = reads[0]
         for var in inputs:
@@ -294,10 +294,7 @@ class _Program:
     ) -> Callable:
         """Return the function of arguments like `args`, whose leaves are `inputs`, that returns a tree like `like`."""
         eqns = self.slice(outputs, inputs)
-        consts = [var for var in _read(eqns, outputs) if var in self.consts]
-        effects = {effect for eqn in eqns for effect in eqn.effects}
-        jaxpr = self.template.replace(constvars=consts, invars=inputs, outvars=outputs, eqns=eqns, effects=effects)
-        function = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, [self.consts[var] for var in consts]))
+        function = as_function(self.template, eqns, inputs, outputs, self.consts)
         wanted = {name: jax.tree.map(_aval, tree) for name, tree in args.items()}
         structure = jax.tree.structure(like)
 
@@ -336,7 +333,7 @@ def _restricted(eqn: jex.JaxprEqn, needed: set[Any]) -> jex.JaxprEqn:
     if eqn.primitive is not primitives.cond_p or len(outvars) == len(eqn.outvars):
         return eqn
     alone = jax.make_jaxpr(lambda: ())().jaxpr.replace(
-        invars=list(dict.fromkeys(_vars(eqn.invars))), outvars=outvars, eqns=[eqn], effects=set(eqn.effects)
+        invars=list(dict.fromkeys(variables(eqn.invars))), outvars=outvars, eqns=[eqn], effects=set(eqn.effects)
     )
     (eqn,) = partial_eval.dce_jaxpr(alone, True)[0].eqns
     return eqn
@@ -352,23 +349,6 @@ def _is_free(eqn: jex.JaxprEqn) -> bool:
         # JAX 0.11 makes the operands of a conditional its results, where its derivative needs them: parameters too.
         return all(_is_free(inner) for branch in eqn.params["branches"] for inner in branch.jaxpr.eqns)
     return eqn.primitive.name in FREE or not eqn.invars
-
-
-def _has_product(eqn: jex.JaxprEqn) -> bool:
-    if eqn.primitive.name in PRODUCTS:
-        return True
-    return any(_has_product(inner) for jaxpr in jex.jaxprs_in_params(eqn.params) for inner in jaxpr.eqns)
-
-
-def _read(eqns: Sequence[jex.JaxprEqn], results: Sequence[Any]) -> list[jex.Var]:
-    """Return the variables that equations and their results read and no equation makes."""
-    made = {var for eqn in eqns for var in eqn.outvars}
-    atoms = [*(atom for eqn in eqns for atom in eqn.invars), *results]
-    return list(dict.fromkeys(var for var in _vars(atoms) if var not in made))
-
-
-def _vars(atoms: Iterable[Any]) -> list[jex.Var]:
-    return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
 
 
 def _new_vars(tree: PyTree) -> list[jex.Var]:

@@ -9,6 +9,7 @@ from dsjax.config import Config
 from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
 from dsjax.model.transformer import dense_layers, predictions
+from dsjax.numerics.weights import apart, quantize_weights
 from dsjax.parallel.sharding import gather
 from dsjax.pipeline.executor import AXIS
 from dsjax.pipeline.stages import (
@@ -53,10 +54,12 @@ def losses_of_device(
         with_stand_ins(places_of(gather(rows(cast["moe"], slot), divided["moe"]), layout.places), present[stage[slot]])
         for slot in slots
     ]
+    weights, quantized = zip(*[apart(quantize_weights(w, runtime.recipe)) for w in weights], strict=True)
     edges = {name: part for name, part in cast.items() if name != "moe"}
 
     def gathered(names: tuple[str, ...]) -> PyTree:
-        return {name: gather(edges[name], divided[name]) for name in names if name in edges}
+        whole = {name: gather(edges[name], divided[name]) for name in names if name in edges}
+        return quantize_weights(whole, runtime.recipe)
 
     def ctx_of(sequence: Int[Array, ""]) -> Context:
         documents = None if segments is None else segments[sequence][None]
@@ -76,7 +79,7 @@ def losses_of_device(
                 return dense_layers(own, own["embed"][window[:, :-1]], ctx, config=model, runtime=runtime)
 
             x = lax.cond(stage[slot] == 0, embed, lambda slot=slot: arrived[slot])
-            stage_ctx = StageContext(ctx, rows(biases.get("moe", {}), slot), present[stage[slot]])
+            stage_ctx = StageContext(ctx, rows(biases.get("moe", {}), slot), present[stage[slot]], quantized[slot])
             y, _ = run_stage(weights[slot], x, stage_ctx, config=model, runtime=runtime)
 
             def finish(y=y, window=window, ctx=ctx) -> tuple[Array, Array]:

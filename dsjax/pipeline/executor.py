@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from dsjax.pipeline.chunk import SplitVJP, split_vjp
+from dsjax.pipeline.overlap import interleaved
 from dsjax.pipeline.program import Field, Program, Segment
 from dsjax.pipeline.schedule import Kind
 
@@ -191,7 +192,7 @@ class _Executor:
                             state = _add_grads(state, slot, self.pieces.bwd_weight(self.weights[slot], read[kind]))
             return state, sent
 
-        return branch
+        return interleaved(branch) if {Kind.F, Kind.B} <= {kind.role for kind, _ in opcode} else branch
 
     def _has(self, stage: int, slot: int) -> bool:
         """Return whether any rank has a stage in a slot."""

@@ -20,6 +20,7 @@ from dsjax.model.context import Context
 from dsjax.model.layout import Rows
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import bias_of, moe_layers
+from dsjax.numerics.weights import together
 from dsjax.pipeline.schedule import SCHEDULES, Route, Schedule
 from dsjax.runtime import Runtime
 
@@ -116,6 +117,8 @@ class StageContext:
     """Router biases of the places, [places, E]; empty where the model has none."""
     present: Bool[Array, " places"]
     """Which places have a layer."""
+    quantized: PyTree
+    """Of the weights, see `numerics.weights.apart`."""
 
 
 def run_stage(
@@ -129,8 +132,9 @@ def run_stage(
     """Run the layers of a stage one by one: a chunk, see `pipeline.chunk`.
 
     Args:
-        places: parameters of each place, in the compute format.
+        places: parameters of each place, in the compute format; masters of those that are quantized.
     """
+    places = together(places, ctx.quantized)
     block = block_function(config, runtime)
     all_aux = []
     for place, params in enumerate(places):
@@ -151,7 +155,7 @@ def run_layers(
     runtime: Runtime,
 ) -> tuple[Float[Array, "B S D"], MoEAux | None]:
     """Run stacked layers in a loop: the chunk of a single stage, whose backward pass is never cut."""
-    params = {"moe": layers} if layers else {}  # a model may have dense layers only
+    params = {"moe": together(layers, ctx.quantized)} if layers else {}  # a model may have dense layers only
     return moe_layers(params, {"moe": ctx.biases}, x, ctx.context, config=config, runtime=runtime)
 
 

@@ -18,6 +18,7 @@ from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import dense_layers, predictions
+from dsjax.numerics.weights import apart, quantize_weights, together
 from dsjax.parallel.sharding import gather, reduce_scatter
 from dsjax.pipeline import executor
 from dsjax.pipeline.executor import AXIS
@@ -100,24 +101,36 @@ def loss_and_grads_of_device(
             with_stand_ins(places_of(stage, layout.places), present[slot]) for slot, stage in enumerate(stages)
         )
 
+    # Quantized once per step, but at the ends of a pipeline, whose weights are gathered where they are used.
+    weights, quantized = zip(*[apart(quantize_weights(w, runtime.recipe)) for w in weights], strict=True)
+    if ranks == 1:
+        edges, quantized_edges = apart(quantize_weights(edges, runtime.recipe))
+
+    def ready(edges: PyTree) -> PyTree:
+        if ranks > 1:
+            return quantize_weights(edges, runtime.recipe)
+        return together(edges, {name: quantized_edges[name] for name in edges})
+
     def ctx_of(micro_batch: Int[Array, ""]) -> Context:
         documents = None if segments is None else segments[micro_batch]
         return context(model, length, segments=documents, balance_weight=config.train.balance_weight)
 
     def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
         x = edges["embed"][micro_batches[micro_batch, :, :-1]]
-        return dense_layers(edges, x, ctx_of(micro_batch), config=model, runtime=runtime)
+        return dense_layers(ready(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
 
     def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
         tokens, ctx = micro_batches[micro_batch], ctx_of(micro_batch)
-        main, mtp, aux = predictions(edges, biases, y, tokens, ctx, config=model, runtime=runtime)
+        main, mtp, aux = predictions(ready(edges), biases, y, tokens, ctx, config=model, runtime=runtime)
         return main + mtp_weight * mtp, (main, mtp, aux)
 
     results = executor.run(
         program,
         executor.Model(
             chunk=functools.partial(run, config=model, runtime=runtime),
-            context=lambda slot, micro_batch: StageContext(ctx_of(micro_batch), slot_biases[slot], present[slot]),
+            context=lambda slot, micro_batch: StageContext(
+                ctx_of(micro_batch), slot_biases[slot], present[slot], quantized[slot]
+            ),
             embed=embed,
             finish=finish,
             # A single rank uses its edges all the time, and has gathered them for the whole step.

@@ -1,4 +1,4 @@
-"""Reading a compiled program: which collectives XLA made of it, between which devices, of how many bytes."""
+"""Reading a compiled program: which collectives XLA made of it, of how many bytes, and what runs while they are on."""
 
 import math
 import re
@@ -11,7 +11,10 @@ KINDS = (
     *("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce"),
     *("collective-permute", "collective-broadcast"),
 )
-_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\(", re.MULTILINE)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_PRODUCT = re.compile(r' (?:dot|convolution)\(|custom_call_target="(?:__cublas|__cudnn|__triton_gemm|mosaic_gpu)')
 _ARRAY = re.compile(r"\b([a-z]+[0-9]+[a-z0-9]*|pred)\[([0-9,]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -28,6 +31,10 @@ class Collective:
     """Devices that take part together; empty for pairs of devices."""
     op_name: str
     """Where it comes from in the program that was traced, with its named scopes."""
+    computation: str
+    """Of the program that was compiled: the body of a loop, a branch, ..."""
+    products: int
+    """Operations with matrix products that are launched between its start and its end; 0 if it is synchronous."""
 
     def bytes_sent(self, far: Callable[[int, int], bool]) -> float:
         """Return how many bytes the device that sends most sends to those for which `far(sender, receiver)` holds.
@@ -44,18 +51,62 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Return the collectives of a program, `jax.stages.Compiled.as_text()`, in the order of the text."""
+    """Return the collectives of a program, `jax.stages.Compiled.as_text()`, in the order of the text.
+
+    That is the order of execution within each computation, if the program has been scheduled.
+    """
+    bodies: dict[str, list[str]] = {}
+    lines = bodies.setdefault("", [])
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            lines = bodies.setdefault(begins[1], [])
+        else:
+            lines.append(line)
+    with_products: dict[str, bool] = {}
+
+    def multiplies(line: str) -> bool:
+        """Return whether an operation, or one that it calls, is a matrix product."""
+        if _PRODUCT.search(line):
+            return True
+        for names in _CALLED.findall(line):
+            for name in names.replace("%", "").split(", "):
+                if name not in with_products:
+                    with_products[name] = any(map(multiplies, bodies.get(name, ())))
+                if with_products[name]:
+                    return True
+        return False
+
     found = []
-    for match in _OPERATION.finditer(text):
-        line = text[match.start() : text.find("\n", match.start() + 1)]
-        # The result of a start is ((operands, ...), result), or (operand, result).
-        arrays = _ARRAY.findall(match[1].partition("), ")[2] if match[1].startswith("((") else match[1])
-        if match[3] and match[1].startswith("(") and not match[1].startswith("(("):
-            arrays = arrays[len(arrays) // 2 :]
-        name = _OP_NAME.search(line)
-        nbytes = sum(math.prod(map(int, filter(None, shape.split(",")))) * _itemsize(kind) for kind, shape in arrays)
-        found.append(Collective(match[2], nbytes, _groups(line), name[1] if name else ""))
+    for computation, lines in bodies.items():
+        for at, line in enumerate(lines):
+            if match := _OPERATION.match(line):
+                products = 0
+                if match[4]:
+                    done = re.compile(rf" {match[3]}-done\(.*%?{re.escape(match[1])}\)")
+                    for after in lines[at + 1 :]:
+                        if done.search(after):
+                            break
+                        products += multiplies(after)
+                name = _OP_NAME.search(line)
+                found.append(
+                    Collective(
+                        kind=match[3],
+                        nbytes=_nbytes(match[2], started=bool(match[4])),
+                        groups=_groups(line),
+                        op_name=name[1] if name else "",
+                        computation=computation,
+                        products=products,
+                    )
+                )
     return found
+
+
+def _nbytes(result: str, *, started: bool) -> int:
+    # The result of a start is ((operands, ...), result), or (operand, result).
+    arrays = _ARRAY.findall(result.partition("), ")[2] if result.startswith("((") else result)
+    if started and result.startswith("(") and not result.startswith("(("):
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(math.prod(map(int, filter(None, shape.split(",")))) * _itemsize(kind) for kind, shape in arrays)
 
 
 def _itemsize(dtype: str) -> float:

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from rich.console import Console
 
 from dsjax.config import Config
@@ -12,6 +11,7 @@ from dsjax.model.causal_attention import resolve as resolve_attention
 from dsjax.model.flops import parameter_count, peak
 from dsjax.model.grouped_matmul import buffer_rows, default_alignment
 from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
+from dsjax.pallas.hopper import resolve as resolve_fp8
 from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.transport import resolve as resolve_transport
 from dsjax.pipeline.simulate import simulate
@@ -26,13 +26,14 @@ def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, dat
     """Show what the run is made of, before it starts."""
     device, count = jax.local_devices()[0], parameter_count(config.model)
     attention = resolve_attention(runtime.attention, device.platform, runtime.compute_dtype)
-    dtype = jnp.dtype(runtime.compute_dtype)
-    alignment, route = default_alignment(device.platform), route_of(config, tokens_of_device(config))
-    rows = buffer_rows(route.devices * route.device_capacity, route.experts_of_device, alignment)
-    matrix = 2 * config.model.moe_intermediate_size * config.model.hidden_size * dtype.itemsize
-    grouped = resolve_grouped_matmul(runtime.grouped_matmul, device.platform, rows // alignment * matrix)
-    console.print(f"device    {device.device_kind}, {dtype.name}; attention {attention}, grouped matmul {grouped}")
-    _announce_mesh(console, config, mesh, runtime.compute_dtype)
+    dtype = jnp.dtype(runtime.compute_dtype).name
+    products = f"grouped matmul {_grouped_matmul(config, runtime)}"
+    if recipe := runtime.recipe:
+        dtype = f"FP8 (E4M3) in tiles of 1 x {recipe.tile} with {dtype} between"
+        kernels = {"xla": "XLA, as there is no Hopper GPU", "mosaic": "kernels for Hopper"}
+        products = f"FP8 products by {kernels.get(resolve_fp8(recipe.impl), recipe.impl)}"
+    console.print(f"device    {device.device_kind}, {dtype}; attention {attention}, {products}")
+    _announce_mesh(console, config, mesh, runtime)
     console.print(f"peak      {peak(device)[1]}; MFU counts attention as causal")
     mtp = f", and {quantity(count.mtp)} in MTP modules" if count.mtp else ""
     console.print(
@@ -45,6 +46,19 @@ def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, dat
         f"{quantity(len(data.validation))} tokens held out"
     )
     console.print(f"run       {config.run}, {config.train.steps} steps")
+
+
+def _grouped_matmul(config: Config, runtime: Runtime) -> str:
+    """Return the implementation of the experts' products in the compute format."""
+    platform, model = jax.local_devices()[0].platform, config.model
+    alignment, route = default_alignment(platform), route_of(config, tokens_of_device(config))
+    rows = buffer_rows(route.devices * route.device_capacity, route.experts_of_device, alignment)
+    dtype = jnp.dtype(runtime.compute_dtype)
+    matrix = 2 * model.moe_intermediate_size * model.hidden_size * dtype.itemsize
+    copied_bytes = rows // alignment * matrix
+    return resolve_grouped_matmul(
+        runtime.grouped_matmul, platform, dtype=dtype, alignment=alignment, copied_bytes=copied_bytes
+    )
 
 
 def _announce_pipeline(console: Console, config: Config) -> None:
@@ -69,7 +83,7 @@ def tokens_of_device(config: Config) -> int:
     return micro_batch * config.data.sequence_length // config.mesh.batch_shards
 
 
-def _announce_mesh(console: Console, config: Config, mesh: Mesh, dtype: DTypeLike) -> None:
+def _announce_mesh(console: Console, config: Config, mesh: Mesh, runtime: Runtime) -> None:
     """Show how the run is divided over devices, and how tokens travel."""
     if mesh.size == 1:
         if (idle := jax.device_count() - 1) and mesh.devices.flat[0].platform != "cpu":
@@ -92,7 +106,9 @@ def _announce_mesh(console: Console, config: Config, mesh: Mesh, dtype: DTypeLik
         )
         if count > 1
     ]
-    to_nodes, to_devices = bytes_of_round(route, config.model, jnp.dtype(dtype).itemsize)
+    to_nodes, to_devices = bytes_of_round(
+        route, config.model, jnp.dtype(runtime.compute_dtype).itemsize, runtime.recipe
+    )
     transport = resolve_transport(route.transport, mesh.devices.flat[0].platform)
     console.print(
         f"exchange  {transport}; {tokens} tokens per device, slots for {', '.join(slots)}; a device sends "

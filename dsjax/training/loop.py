@@ -29,6 +29,7 @@ from dsjax.training.interrupts import Interrupts
 from dsjax.training.metrics import MetricsFile, Recorder, StepFacts, TensorBoard, moe_layer_names, read_metrics
 from dsjax.training.pictures import draw_pictures
 from dsjax.training.progress import ProgressDisplay, quantity
+from dsjax.training.quantization import make_observe, summary
 from dsjax.training.schedule import Schedule
 from dsjax.training.start import first_state
 from dsjax.training.step import Knobs, LossAndGrads, make_evaluate, make_train_step
@@ -37,6 +38,10 @@ from dsjax.training.validation import Validation
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on, because its losses or gradients are not finite."""
+
+
+OBSERVED_SEQUENCES = 2
+"""Held-out sequences on which `train.fp8_statistics` measures."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Run:
             batch=train.micro_batch_size or train.batch_size,
             sequences=train.validation_sequences,
         )
+        self.observe = make_observe(config, runtime) if train.fp8_statistics else None
         resumed = folder.resume(data.fingerprint, mesh)
         if self.is_first:
             folder.describe(data)
@@ -219,6 +225,9 @@ class Run:
             values = {"val_loss": live["loss"], "val_loss_mtp": live["loss_mtp"]}
             if self.ema:
                 values["val_loss_ema"] = self.validation(self.ema.value(), self.state.biases)["loss"]
+            if self.observe:
+                rows = self.validation.rows[:OBSERVED_SEQUENCES]
+                values |= summary(self.observe(self.state.params, self.state.biases, rows))
             recorder.validation(values)
 
     def _save(self, recorder: Recorder) -> None:
@@ -248,6 +257,7 @@ class Run:
                     route_of(self.config, tokens_of_device(self.config)),
                     model,
                     jnp.dtype(self.runtime.compute_dtype).itemsize,
+                    self.runtime.recipe,
                 )
             ),
             on_record=display.update,

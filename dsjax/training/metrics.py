@@ -14,8 +14,9 @@ layer), `device_load_max_over_mean` (the same of the experts of a device togethe
 exchange, in the layer with most, mean over micro-batches: 1 where the buffers held every token), `node_bytes` and
 `local_bytes` (sent by a device in the step's exchanges, to other nodes and to other devices of its node, as padded
 transport does), `skipped_steps` (since the beginning of the run), `seconds` (spent in the run so far); on validated
-steps `val_loss`, `val_loss_mtp`, and with a moving average `val_loss_ema`. A number that is not finite is written as
-null.
+steps `val_loss`, `val_loss_mtp`, with a moving average `val_loss_ema`, and with `train.fp8_statistics` what FP8 does to
+weights, inputs and gradients (`fp8_weight_error`, ...; see `training.quantization.summary`). A number that is not
+finite is written as null.
 """
 
 import contextlib

@@ -57,8 +57,8 @@ def initial_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     # It runs once: to optimize it took ten seconds for `tiny` on a CPU, and saved a third of one.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     mesh = mesh or make_mesh(config.mesh)
-    where = state_shardings(jax.eval_shape(lambda: _drawn_state(config)), mesh)
-    return jax.jit(lambda: _drawn_state(config), compiler_options=options, out_shardings=where)()
+    where = state_shardings(jax.eval_shape(lambda: drawn_state(config)), mesh)
+    return jax.jit(lambda: drawn_state(config), compiler_options=options, out_shardings=where)()
 
 
 def state_of_weights(params: PyTree, biases: PyTree, config: Config) -> TrainState:
@@ -68,7 +68,7 @@ def state_of_weights(params: PyTree, biases: PyTree, config: Config) -> TrainSta
     return TrainState(zeros[0], params, biases, initial_moments(params, config.optimizer), zeros[1], zeros[2])
 
 
-def _drawn_state(config: Config) -> TrainState:
+def drawn_state(config: Config) -> TrainState:
     return state_of_weights(*initial_parameters(config.model, config.train.seed, rows_of(config)), config)
 
 
@@ -117,7 +117,7 @@ def _stacked(tree: PyTree, config: Config) -> TrainState:
 def abstract_state(config: Config, mesh: Mesh | None = None) -> PyTree:
     """Return shapes, dtypes and shardings of what `to_canonical` gives, without making any array."""
     mesh = mesh or make_mesh(config.mesh)
-    tree = to_canonical(jax.eval_shape(lambda: _drawn_state(config)), config)
+    tree = to_canonical(jax.eval_shape(lambda: drawn_state(config)), config)
     everywhere = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda leaf: everywhere, tree)
     where["params"] = shardings(tree["params"], mesh)

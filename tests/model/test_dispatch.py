@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experts import TanhExperts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.model.dispatch import combine, dispatch, dispatch_weights, exchange_locally, sort_by_expert
-from dsjax.model.grouped_matmul import grouped_matmul
+from dsjax.model.dispatch import LocalCourier, combine, dispatch, exchange_locally, sort_by_expert
 
 T, K, E, D, F = 24, 3, 8, 6, 5
 
@@ -62,23 +62,26 @@ def test_adversarial_plans(kind, alignment):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dispatch_and_combine_are_transposes(kind):
     rng = np.random.default_rng(2)
-    indices = jnp.asarray(routing(kind), jnp.int32)
-    plan = sort_by_expert(indices, E, 4)
-    x, rows = (jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for n in (T, plan.groups.rows))
-    np.testing.assert_allclose(jnp.vdot(dispatch(plan, x), rows), jnp.vdot(x, combine(plan, rows)), rtol=1e-4)
-    np.testing.assert_array_equal(jax.vjp(lambda x: dispatch(plan, x), x)[1](rows)[0], combine(plan, rows))
-    np.testing.assert_array_equal(jax.vjp(lambda r: combine(plan, r), rows)[1](x)[0], dispatch(plan, x))
-    np.testing.assert_allclose(combine(plan, dispatch(plan, x)), K * x, rtol=1e-6)
-
-    weights, of_rows = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((T, K), plan.groups.rows))
-    there, back = jax.vjp(lambda w: dispatch_weights(plan, w), weights)
-    np.testing.assert_allclose(jnp.vdot(there, of_rows), jnp.vdot(weights, back(of_rows)[0]), rtol=1e-4)
+    courier = LocalCourier(jnp.asarray(routing(kind), jnp.int32), E, 4)
+    x, weights = (jnp.asarray(rng.normal(size=(T, n)), jnp.float32) for n in (D, K))
+    (x_there, w_there), back, plan = jax.vjp(
+        lambda x, w: (dispatch(courier, x, w)[1:], dispatch(courier, x, w)[0]), x, weights, has_aux=True
+    )
+    rows, of_rows = (jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in (x_there, w_there))
+    y, there = jax.vjp(lambda rows: combine(plan, rows), rows)
+    np.testing.assert_allclose(jnp.vdot(x_there, rows), jnp.vdot(x, y), rtol=1e-4)
+    dx, dweights = back((rows, of_rows))
+    np.testing.assert_array_equal(dx, y)
+    np.testing.assert_array_equal(there(x)[0], x_there)
+    np.testing.assert_allclose(combine(plan, x_there), K * x, rtol=1e-6)
+    np.testing.assert_allclose(jnp.vdot(w_there, of_rows), jnp.vdot(weights, dweights), rtol=1e-4)
 
 
 def test_payloads_are_trees_of_any_type():
-    plan = sort_by_expert(jnp.asarray(routing("uniform"), jnp.int32), E, 4)
+    courier = LocalCourier(jnp.asarray(routing("uniform"), jnp.int32), E, 4)
     payload = {"codes": jnp.arange(T * 2).reshape(T, 2), "scale": jnp.ones(T, jnp.bfloat16)}
-    rows = dispatch(plan, payload)
+    plan, arrived, _ = courier.send(payload, jnp.ones((T, K)))
+    rows = plan.expand(arrived)
     assert rows["codes"].dtype == jnp.int32 and rows["scale"].dtype == jnp.bfloat16
     assert int(rows["codes"].sum()) == K * int(payload["codes"].sum())
 
@@ -99,10 +102,7 @@ def test_experts_equal_a_dense_loop(kind):
     up, down, dy = rng.normal(size=(E, F, D)), rng.normal(size=(E, D, F)), rng.normal(size=(T, D))
 
     def exchanged(x, weights, up, down):
-        def experts(rows, row_weights, groups, named=True):
-            return grouped_matmul(jnp.tanh(grouped_matmul(rows, up, groups)) * row_weights[:, None], down, groups)
-
-        return exchange_locally(experts, x, indices, weights, E)[0]
+        return exchange_locally(TanhExperts(up, down, alignment=4), x, indices, weights, E)[0]
 
     def dense(x, weights, up, down):
         chosen = jax.nn.one_hot(indices, E, dtype=x.dtype)

@@ -1,6 +1,9 @@
 """The grouped product against a loop over the groups in float64, for every way to divide the rows."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsjax.model import grouped_matmul as module
 from dsjax.model.grouped_matmul import buffer_rows, group_rows, grouped_matmul, resolve
+from dsjax.pallas.matmul import sixteen_bits
+from dsjax.runtime import made_for
 
 IMPLEMENTATIONS = ["tiles", "batched", "ragged"]
 DIVISIONS = [
@@ -22,6 +28,8 @@ DIVISIONS = [
     (300, 0, 5, 130),
 ]
 K, N = 12, 20
+PLAIN = {"dtype": jnp.float32, "alignment": 32}
+FOR_KERNELS = {"dtype": jnp.bfloat16, "alignment": 128}
 
 
 def problem(sizes, alignment, total=None, dtype=np.float32):
@@ -127,14 +135,86 @@ def test_input_and_weight_gradients_are_separate_equations(impl):
     assert (for_dx.params["name"], for_dw.params["name"]) == ("_rows_times_matrices", "_rows_times_rows")
 
 
+@functools.partial(jax.jit, static_argnames="impl")
+def by_kernel(x, w, dy, groups, impl):
+    """What `values_and_gradients` does, by an implementation that is not asked whether it works here."""
+    y, transpose = jax.vjp(lambda x, w: module._grouped_matmul(x, w, groups, impl), x, w)
+    return y, *transpose(dy)
+
+
+def check_kernels():
+    """Compare them, and the rule of differentiation, on a simulated GPU; `pallas.matmul` is about more."""
+    for name in ("grouped_matmul", "grouped_wgrad"):
+        setattr(sixteen_bits, name, functools.partial(getattr(sixteen_bits, name), num_sms=2))
+    x, w, dy, groups, group_of_row = problem((5, 0, 130), 128, dtype=jnp.bfloat16)
+    y, dx, dw = by_kernel(x, w, dy, groups, "interpret")
+    assert y.dtype == dx.dtype == dw.dtype == jnp.bfloat16
+    want_y, want_dx, want_dw = loop_over_groups(x, w, dy, group_of_row)
+    real = group_of_row >= 0
+    assert not np.any(np.where(real[:, None], 0, y))
+    for got, want in ((y, want_y), (dx[real], want_dx[real]), (dw, want_dw)):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=2e-2)
+
+
+def test_the_kernels_equal_a_loop_over_groups():
+    """In a process of its own: the simulation of a wrong kernel may hang."""
+    subprocess.run([sys.executable, __file__], check=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def lowered_for_gpu(dtype, alignment, impl="auto"):
+    groups = group_rows(jnp.asarray((5, 0, 130), jnp.int32), buffer_rows(135, 3, alignment), alignment)
+    x, w, dy = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((groups.rows, K), (3, N, K), (groups.rows, N)))
+
+    def both(x, w, dy):
+        y, transpose = jax.vjp(lambda x, w: grouped_matmul(x, w, groups, impl=impl), x, w)
+        return y, *transpose(dy)
+
+    with made_for("gpu"):
+        return jax.jit(both).trace(x, w, dy).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("impl", ["auto", "mosaic"])
+def test_on_hopper_the_three_products_are_kernels(impl):
+    text = lowered_for_gpu(jnp.bfloat16, 128, impl)
+    assert text.count("mosaic_gpu_v2") == 3 and "dot_general" not in text
+
+
+@pytest.mark.parametrize("dtype, alignment", [(jnp.float32, 128), (jnp.float16, 128), (jnp.bfloat16, 64)])
+def test_without_a_kernel_hopper_gets_batches(dtype, alignment):
+    text = lowered_for_gpu(dtype, alignment)
+    assert "mosaic_gpu" not in text and text.count("dot_general") == 3
+    with pytest.raises(ValueError, match=r"needs a Hopper GPU .*, bfloat16 and alignment = 128; here are Hopper, "):
+        lowered_for_gpu(dtype, alignment, "mosaic")
+
+
 def test_errors_name_what_is_wrong():
     x, w, _, groups, _ = problem((7, 0, 33, 2), 8)
     with pytest.raises(ValueError, match=r"should be \["):
         grouped_matmul(x[1:], w, groups)
     with pytest.raises(ValueError, match="multiple of alignment = 8"):
         group_rows(jnp.zeros(4, jnp.int32), 12, 8)
-    with pytest.raises(ValueError, match="no implementation 'mosaic'"):
-        resolve("mosaic", "cpu")
-    assert (resolve("auto", "cpu"), resolve("auto", "tpu"), resolve("ragged", "cpu")) == ("tiles", "ragged", "ragged")
-    assert (resolve("auto", "gpu", 2**30), resolve("auto", "gpu", 2**30 + 1)) == ("batched", "tiles")
-    assert resolve("batched", "gpu", 2**40) == "batched"
+    with pytest.raises(ValueError, match="no implementation 'triton'"):
+        resolve("triton", "cpu", **PLAIN)
+
+
+def test_auto_is_what_suits_the_platform():
+    assert (resolve("auto", "cpu", **PLAIN), resolve("auto", "tpu", **FOR_KERNELS)) == ("tiles", "ragged")
+    assert resolve("ragged", "cpu", **PLAIN) == "ragged"
+    copied = (resolve("auto", "gpu", **PLAIN, copied_bytes=size) for size in (2**30, 2**30 + 1))
+    assert tuple(copied) == ("batched", "tiles")
+    assert resolve("batched", "gpu", **PLAIN, copied_bytes=2**40) == "batched"
+
+
+def test_kernels_are_for_hopper():
+    for platform in ("cpu", "tpu", "gpu"):  # the last without a Hopper GPU, as nothing is made for one
+        with pytest.raises(ValueError, match=f"here are {platform}, bfloat16 and 128"):
+            resolve("mosaic", platform, **FOR_KERNELS)
+    with made_for("gpu"):
+        assert resolve("mosaic", "gpu", **FOR_KERNELS) == resolve("auto", "gpu", **FOR_KERNELS) == "mosaic"
+        assert resolve("auto", "gpu", **FOR_KERNELS, copied_bytes=2**40) == "mosaic"
+        assert resolve("batched", "gpu", **FOR_KERNELS) == "batched"
+        assert resolve("auto", "gpu", dtype=jnp.float32, alignment=128) == "batched"
+
+
+if __name__ == "__main__":
+    check_kernels()

@@ -7,16 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsjax.config import Config, DispatchConfig, MeshConfig, ModelConfig, TrainConfig
-from dsjax.parallel.dispatch import (
-    Route,
-    active_rounds,
-    combine,
-    dispatch,
-    dispatch_weights,
-    line_up,
-    plan_round,
-    queues_to_nodes,
-)
+from dsjax.model.dispatch import combine, dispatch
+from dsjax.parallel.dispatch import Courier, Route, active_rounds, line_up, queues_to_nodes
 from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.mesh import EXPERT_AXES, make_mesh
 from dsjax.settings import load_model_config
@@ -39,8 +31,8 @@ def indices():
     return jnp.asarray(np.stack([rng.choice(E, K, replace=False) for _ in range(8 * T)]), jnp.int32)
 
 
-def first_plan(indices, rounds=(0, 0)):
-    return plan_round(ROUTE, queues_to_nodes(ROUTE, indices), indices, *rounds, alignment=2)
+def courier(indices, rounds=(0, 0)):
+    return Courier(queues_to_nodes(ROUTE, indices), indices, *rounds, ROUTE, alignment=2)
 
 
 @pytest.mark.parametrize("rounds", [(0, 0), (1, 0)])
@@ -53,13 +45,15 @@ def test_dispatch_and_combine_are_transposes(indices, rounds):
     )
 
     def there_and_back(indices, x, w, dy, dw):
-        plan = first_plan(indices, rounds)
-        x_there, back = jax.vjp(lambda x: dispatch(plan, x), x)
-        y_back, there = jax.vjp(lambda rows: combine(plan, rows), dy)
-        w_there, w_back = jax.vjp(lambda w: dispatch_weights(plan, w), w)
-        return x_there, back(dy)[0], y_back, there(x)[0], w_there, w_back(dw)[0]
+        def there(x, w):
+            plan, *arrived = dispatch(courier(indices, rounds), x, w)
+            return arrived, plan
 
-    x_there, dx, y_back, drows, w_there, dw_back = on_mesh(there_and_back, indices, x, w, dy, dw)
+        (x_there, w_there), back, plan = jax.vjp(there, x, w, has_aux=True)
+        y_back, there_again = jax.vjp(lambda rows: combine(plan, rows), dy)
+        return x_there, *back([dy, dw]), y_back, there_again(x)[0], w_there
+
+    x_there, dx, dw_back, y_back, drows, w_there = on_mesh(there_and_back, indices, x, w, dy, dw)
     assert jnp.vdot(x_there, dy) == jnp.vdot(x, y_back)
     np.testing.assert_array_equal(dx, y_back)
     np.testing.assert_array_equal(drows, x_there)
@@ -76,10 +70,10 @@ def test_rounds_together_carry_every_choice_once(indices):
         active = active_rounds(ROUTE, queues_to_nodes(ROUTE, indices), indices)
         parts = jnp.stack(
             [
-                combine(plan, dispatch(plan, x))
+                combine(plan, rows)
                 for i in range(rounds1)
                 for j in range(rounds2)
-                for plan in [first_plan(indices, (i, j))]
+                for plan, rows, _ in [dispatch(courier(indices, (i, j)), x, jnp.ones(indices.shape))]
             ]
         ).reshape(rounds1, rounds2, *x.shape)
         return parts.sum((0, 1)), jnp.abs(parts).sum((2, 3))[None], active[None]
@@ -96,10 +90,14 @@ def test_payloads_are_trees_of_any_type(indices):
 
     def there(indices, codes, scales):
         values = codes.view(jnp.float8_e4m3fn)
-        found = dispatch(first_plan(indices), {"codes": values, "scale": scales})
-        return found["codes"].view(jnp.uint8), found["scale"]
+        tokens = {"codes": values, "scale": scales}
+        plan, arrived, _ = courier(indices).send(tokens, jnp.ones(indices.shape))
+        found, again = plan.expand(arrived), plan.expand(plan.again(tokens))
+        return found["codes"].view(jnp.uint8), found["scale"], again["codes"].view(jnp.uint8), again["scale"]
 
-    found_codes, found_scales = on_mesh(there, indices, codes, scales)
+    found_codes, found_scales, codes_again, scales_again = on_mesh(there, indices, codes, scales)
+    np.testing.assert_array_equal(found_codes, codes_again)
+    np.testing.assert_array_equal(found_scales, scales_again)
     in_use = np.flatnonzero(found_scales)
     assert len(in_use) > 4 * T
     np.testing.assert_array_equal(found_codes[in_use], codes[np.asarray(found_scales[in_use], int)])

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experts import TanhExperts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from dsjax.config import MeshConfig
-from dsjax.model.grouped_matmul import grouped_matmul
 from dsjax.parallel.dispatch import Route
 from dsjax.parallel.exchange import exchange_in_rounds
 from dsjax.parallel.mesh import EXPERT_AXES, make_mesh
@@ -54,10 +54,7 @@ def programs(route):
     mesh = make_mesh(MeshConfig(node=route.nodes, local=route.devices))
 
     def on_device(x, weights, up, down, indices):
-        def experts(rows, row_weights, groups, named=True):
-            return grouped_matmul(jnp.tanh(grouped_matmul(rows, up, groups)) * row_weights[:, None], down, groups)
-
-        y, rounds = exchange_in_rounds(route, experts, x, indices, weights)
+        y, rounds = exchange_in_rounds(route, TanhExperts(up, down), x, indices, weights)
         return y, rounds[None]
 
     exchanged = jax.shard_map(on_device, mesh=mesh, in_specs=(ALL,) * 5, out_specs=(ALL, ALL), check_vma=False)

@@ -17,7 +17,15 @@ from meshes import ROUTINGS, TIGHT, check_equal, found_on
 from rich.console import Console
 
 from dsjax.checkpoint.native import Checkpoints
-from dsjax.config import CheckpointConfig, DataConfig, DispatchConfig, MeshConfig, OptimizerConfig, TrainConfig
+from dsjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DispatchConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    TrainConfig,
+)
 from dsjax.settings import to_toml
 from dsjax.training.loop import train
 from dsjax.training.metrics import read_metrics
@@ -88,9 +96,9 @@ def test_a_run_goes_on_on_fewer_devices(short, uninterrupted, tmp_path):
     assert records[2]["local_bytes"] > 0 == records[5]["local_bytes"]
 
 
-def launched(folder, *words, module=None):
-    """`dsjax.launch` of two processes of four devices in a folder."""
-    command = [sys.executable, "-m", "dsjax.launch", "--processes", "2", "--devices-per-process", "4"]
+def launched(folder, *words, module=None, devices=4):
+    """`dsjax.launch` of two processes in a folder."""
+    command = [sys.executable, "-m", "dsjax.launch", "--processes", "2", "--devices-per-process", str(devices)]
     command += ["--module", module] if module else []
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([*command, *map(str, words)], cwd=folder, env=environment, stdout=-1, stderr=-1, text=True)
@@ -129,6 +137,22 @@ def test_gradients_of_two_processes_are_those_of_one_device(run, micro_batches, 
     alone = found_on(run, micro_batches, ROUTINGS)
     for routing in ROUTINGS:
         check_equal(found[routing], alone[routing])
+
+
+@pytest.mark.slow
+def test_a_pipeline_over_two_processes_learns_the_same(short, uninterrupted, tmp_path):
+    config = replace(
+        short,
+        run=str(tmp_path / "piped"),
+        mesh=MeshConfig(pipe=2, local=2),
+        pipeline=PipelineConfig(schedule="dualpipe"),
+        train=replace(short.train, micro_batch_size=2),
+    )
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    with launched(tmp_path, tmp_path / "config.toml", devices=2) as process:
+        _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    check_like(saved(config), uninterrupted)
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ from meshes import MTP_WEIGHT, ROOMY, TIGHT
 
 from dsjax.config import Config, MeshConfig, PipelineConfig
 from dsjax.model.layout import unstack
+from dsjax.pipeline import step
+from dsjax.pipeline.program import Field, compile_program
 from dsjax.pipeline.stages import rows_of, stage_layout
-from dsjax.runtime import Runtime
+from dsjax.runtime import DEEPSEEK, Runtime
 from dsjax.training.state import from_canonical, initial_state, to_canonical
 from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step
 
@@ -51,10 +53,10 @@ def config_of(run: Config, *, mtp: int, remat: str, dense: int) -> Config:
     return replace(run, model=model, train=replace(run.train, batch_size=32, micro_batch_size=4, remat=remat))
 
 
-def found(config, micro_batches):
+def found(config, micro_batches, **runtime):
     """Losses, and gradients in the canonical layout."""
     state = initial_state(config)
-    function = jax.jit(accumulated_loss_and_grads(config, Runtime(remat=config.train.remat)))
+    function = jax.jit(accumulated_loss_and_grads(config, Runtime(remat=config.train.remat, **runtime)))
     losses, grads = function(state.params, state.biases, micro_batches, MTP_WEIGHT)
     return jax.device_get((losses, unstack(grads, config.model, rows_of(config))))
 
@@ -96,6 +98,67 @@ def test_losses_and_every_gradient_are_those_without_a_pipeline(
         assert error < 1e-5, (jax.tree_util.keystr(path), error)
 
 
+def test_overlapped_pairs_give_the_bits_of_pairs_run_one_after_the_other(run, micro_batches, monkeypatch):
+    config = replace(
+        config_of(run, mtp=1, remat="report", dense=1),
+        mesh=MeshConfig(pipe=4, node=2),
+        dispatch=ROOMY,
+        pipeline=PipelineConfig(schedule="dualpipe"),
+    )
+    overlapped = step.program_of(config, len(micro_batches))
+    schedule = overlapped.schedule
+    apart = tuple(tuple((op,) for action in actions for op in action) for actions in schedule.lists)
+    serial = compile_program(replace(schedule, lists=apart), bundled=False)
+
+    def pairs(program):
+        return sum(len(program.opcodes[code]) > 1 for code in program.table[:, :, Field.OPCODE].flat)
+
+    assert (pairs(overlapped), pairs(serial)) == (sum(len(a) > 1 for ops in schedule.lists for a in ops), 0)
+    results = [found(config, micro_batches)]
+    monkeypatch.setattr(step, "program_of", lambda *_: serial)
+    results.append(found(config, micro_batches))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "mesh"), [("dualpipe", MeshConfig(pipe=4)), ("zb1p", MeshConfig(pipe=2)), (None, MeshConfig(local=2))]
+)
+def test_fp8_in_a_pipeline_is_fp8_without(run, micro_batches, schedule, mesh):
+    """Equal where the same rows share scales. On two devices other tokens of an expert do: rounding, and no more."""
+    plain = config_of(run, mtp=1, remat="report", dense=1)
+    other = replace(plain, mesh=mesh, dispatch=ROOMY)
+    if schedule:
+        other = replace(other, pipeline=PipelineConfig(schedule=schedule))
+    (losses, grads), (expected, expected_grads) = (found(c, micro_batches, recipe=DEEPSEEK) for c in (other, plain))
+    np.testing.assert_allclose(losses.main, expected.main, rtol=1e-6)
+    np.testing.assert_allclose(losses.mtp, expected.mtp, rtol=1e-6)
+    for (path, grad), want in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        error = np.linalg.norm(grad - want) / np.linalg.norm(want)
+        assert error < (1e-5 if schedule else 0.1), (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
+def test_more_micro_batches_take_no_more_memory_and_no_longer_program(run, schedule):
+    config = replace(
+        config_of(run, mtp=0, remat="report", dense=1),
+        mesh=MeshConfig(pipe=4, local=2),
+        pipeline=PipelineConfig(schedule=schedule),
+    )
+    state = initial_state(config)
+    sizes = set()
+    for count in (12, 40):
+        tokens = jax.ShapeDtypeStruct((count, 4, 17), jnp.int32)
+        function = accumulated_loss_and_grads(config, Runtime(remat="report"))
+        compiled = jax.jit(function).lower(state.params, state.biases, tokens, MTP_WEIGHT).compile()
+        instructions = sum(" = " in line for line in compiled.as_text().splitlines())
+        sizes.add((compiled.memory_analysis().temp_size_in_bytes, instructions))
+    assert len(sizes) == 1, sizes
+
+
 def test_steps_evaluation_and_the_state_on_another_mesh(run, micro_batches):
     """Two optimizer steps; then the state goes to the other mesh, and evaluates the same there."""
     plain = config_of(run, mtp=1, remat="full", dense=1)
@@ -106,13 +169,10 @@ def test_steps_evaluation_and_the_state_on_another_mesh(run, micro_batches):
     )
     ends = []
     for config in (plain, piped):
-        state, step, evaluate = (
-            initial_state(config),
-            make_train_step(config, Runtime()),
-            make_evaluate(config, Runtime()),
-        )
+        state, evaluate = initial_state(config), make_evaluate(config, Runtime())
+        train_step = make_train_step(config, Runtime())
         for _ in range(2):
-            state, metrics = step(state, micro_batches, KNOBS)
+            state, metrics = train_step(state, micro_batches, KNOBS)
         losses = evaluate(state.params, state.biases, micro_batches[0])
         ends.append((metrics, losses, jax.device_get(to_canonical(state, config)), evaluate))
     (metrics, losses, tree, evaluate), (piped_metrics, piped_losses, piped_tree, piped_evaluate) = ends

@@ -1,0 +1,80 @@
+"""What quantization does to tensors, measured where it happens.
+
+with observed() as found:
+    y = fp8.linear(x, w)
+found  # {("q_a", "input"): Statistics(...)}
+
+Inside, functions that are traced add the statistics of every tensor that they quantize to what they compute; the
+caller returns them from the function that it compiles. Layers in a `lax.scan` cannot be observed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsjax.pallas.quantize.reference import LARGEST
+
+Role = Literal["weight", "input", "gradient", "kept"]
+"""Operands of products, but gradients of weights, which have other tiles; and what is kept for the backward pass."""
+
+
+class Statistics(NamedTuple):
+    """Of a tensor and its quantized form."""
+
+    amax: Float[Array, ""]
+    """Largest magnitude."""
+    error: Float[Array, ""]
+    """Norm of the difference over the norm of the tensor."""
+    underflow: Float[Array, ""]
+    """Share of the numbers that are not zero and became zero."""
+    saturation: Float[Array, ""]
+    """Share of the numbers whose code is E4M3's largest: one per tile is as it should be."""
+
+
+Observations = dict[tuple[str, Role], Statistics]
+"""By the name of a weight, and what the tensor is to it."""
+_found: ContextVar[Observations | None] = ContextVar("found", default=None)
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[Observations]:
+    """Give what is quantized inside."""
+    found: Observations = {}
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
+
+
+def observe(name: str, role: Role, x: Float[Array, "..."], codes: Array, near: Float[Array, "..."]) -> None:
+    """Take note of a tensor that is quantized, if somebody observes.
+
+    Args:
+        near: what the codes stand for.
+    """
+    found = _found.get()
+    if found is not None:
+        found[name, role] = statistics(x, codes, near)
+
+
+def is_observed() -> bool:
+    """Return whether somebody observes."""
+    return _found.get() is not None
+
+
+def statistics(x: Float[Array, "..."], codes: Array, near: Float[Array, "..."]) -> Statistics:
+    """Return what became of a tensor."""
+    x = x.astype(jnp.float32)
+    lost = (x != 0) & (near == 0)
+    return Statistics(
+        amax=jnp.abs(x).max(),
+        error=jnp.linalg.norm((near - x).ravel())
+        / jnp.maximum(jnp.linalg.norm(x.ravel()), jnp.finfo(jnp.float32).tiny),
+        underflow=lost.mean(),
+        saturation=(jnp.abs(codes.astype(jnp.float32)) == LARGEST).mean(),
+    )
