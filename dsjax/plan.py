@@ -26,7 +26,7 @@ class Plan:
 def pipeline(config: Config, options: Plan) -> dict[str, Any] | None:
     """Return a pipeline's figures after the batch ramp, by stage or rank, in units of an F; None without a pipeline.
 
-    Raises ValueError for too few layers, and for micro-batches of any step, in the ramp too, that have no schedule.
+    Raises ValueError for too few layers, and for micro-batches of any step that have no schedule.
     """
     if config.mesh.pipe == 1 and options.draw:
         raise ValueError(f"draw = {options.draw!r}: there is no pipeline, mesh.pipe = 1")
@@ -38,8 +38,8 @@ def pipeline(config: Config, options: Plan) -> dict[str, Any] | None:
     from dsjax.pipeline.stages import schedule_of, stage_layout
     from dsjax.training.schedule import Schedule
 
-    for size in Schedule(config).batch_sizes():
-        schedule = schedule_of(config, size // (config.train.micro_batch_size or size))
+    sizes = Schedule(config).batch_sizes()
+    *ramp, schedule = [schedule_of(config, size // (config.train.micro_batch_size or size)) for size in sizes]
     program, route = compile_program(schedule), schedule.route
     layout, dense = stage_layout(config.model, route.stages), config.model.first_k_dense_replace
     if options.draw:
@@ -52,6 +52,7 @@ def pipeline(config: Config, options: Plan) -> dict[str, Any] | None:
         "schedule": schedule.name,
         "ranks": route.ranks,
         "micro_batches": schedule.micro_batches,
+        "batch_ramp": [[step.name, step.micro_batches] for step in ramp],
         "moe_layers": [[dense + layer for layer in layout.layers(stage)] for stage in range(route.stages)],
         "stages": [[route.stage(rank, slot) for slot in range(route.slots)] for rank in range(route.ranks)],
         "time": time(simulate(schedule)),
@@ -75,6 +76,8 @@ def pipeline_lines(plan: dict[str, Any] | None) -> Iterator[str]:
 
     segments = (f"{start} to {stop - 1} ({'+'.join(map(str, codes))})" for start, stop, codes in plan["segments"])
     yield f"pipeline  {plan['schedule']}, {plan['ranks']} ranks, {plan['micro_batches']} micro-batches"
+    if plan["batch_ramp"]:
+        yield "ramp      " + ", ".join(f"{count} ({name})" for name, count in plan["batch_ramp"]) + " micro-batches"
     yield f"time      {time(plan['time'])}; F = I = W = 1, B = 2, F&B = 3"
     yield f"compiled  {time(plan['compiled_time'])}; {plan['ticks']} ticks (and opcodes): {', '.join(segments)}"
     yield f"buffers   {', '.join(f'{name} {depth}' for name, depth in plan['buffers'].items())}"

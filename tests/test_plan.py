@@ -98,7 +98,7 @@ def test_no_pipeline(plan, tmp_path):
             "mesh.pipe = 4 ranks with 6 micro-batches .*: micro_batches = 6: .* at least 8 .*; nearest: 8",
         ),
         (
-            ["--train.batch-ramp-start", "8", "--train.batch-ramp-fraction", "0.5"],
+            ["--train.batch-ramp-start", "8", "--train.batch-ramp-fraction", "0.5", "--pipeline.schedule", "dualpipev"],
             "mesh.pipe = 4 ranks with 4 micro-batches .*nearest: 8",
         ),
         (["--pipeline.schedule", "dualpipev"], "mesh.pipe: 8 stages of a model with 7 MoE layers: .*at most 7 stages"),
@@ -109,6 +109,13 @@ def test_what_cannot_be_is_one_line(plan, arguments, message):
     status, out, err = plan(DUALPIPE, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert re.match(f"dsjax: {message}", err)
+
+
+def test_small_steps_of_a_ramp_have_another_schedule(plan):
+    status, out, _ = plan(DUALPIPE, "--train.batch-ramp-start", "8", "--train.batch-ramp-fraction", "0.5")
+    assert status == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("ramp")]
+    assert line.startswith("ramp      4 (ZB1P), ") and line.endswith("10 (DualPipe) micro-batches")
 
 
 @pytest.mark.parametrize("compiled", [(), ("--compiled",)])

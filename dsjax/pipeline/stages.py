@@ -33,15 +33,21 @@ LAST = ("embed", "norm", "head", "mtp")
 def schedule_of(config: Config, micro_batches: int) -> Schedule:
     """Return the schedule of a step of so many micro-batches. Without a pipeline, one follows the other.
 
+    Steps of a batch ramp that are too small for DualPipe run under ZB1P, which has the same stages on the same ranks.
+
     Raises:
         ValueError: the schedule cannot be; the message has the nearest legal numbers.
     """
     if config.mesh.pipe == 1:
         return SCHEDULES["1f1b"](1, micro_batches)
-    build, ranks = SCHEDULES[config.pipeline.schedule], config.mesh.pipe
+    build, ranks, train = SCHEDULES[config.pipeline.schedule], config.mesh.pipe, config.train
+    max_deferred = config.pipeline.max_deferred or None
     try:
-        return build(ranks, micro_batches, max_deferred=config.pipeline.max_deferred or None)
+        return build(ranks, micro_batches, max_deferred=max_deferred)
     except ValueError as error:
+        in_ramp = micro_batches < train.batch_size // (train.micro_batch_size or train.batch_size)
+        if config.pipeline.schedule == "dualpipe" and in_ramp and ranks % 2 == 0:
+            return SCHEDULES["zb1p"](ranks, micro_batches, max_deferred=max_deferred)
         raise ValueError(
             f"mesh.pipe = {ranks} ranks with {micro_batches} micro-batches of train.micro_batch_size: {error}"
         ) from None
@@ -89,6 +95,7 @@ def stage_layout(model: ModelConfig, stages: int) -> StageLayout:
 
 def route_of(config: Config) -> Route:
     """Return where a run's stages are."""
+    # Of steps of a ramp under ZB1P, too: a rank's rows are the same.
     kinds = {"dualpipe": "bidirectional", "dualpipev": "vee"}
     return Route(kinds.get(config.pipeline.schedule, "single") if config.mesh.pipe > 1 else "single", config.mesh.pipe)
 

@@ -28,7 +28,6 @@ from dsjax.pipeline.stages import (
     LAST,
     StageContext,
     places_of,
-    route_of,
     run_layers,
     run_stage,
     schedule_of,
@@ -77,7 +76,8 @@ def loss_and_grads_of_device(
     """
     model, ranks = config.model, config.mesh.pipe
     sequences, length = micro_batches.shape[1], micro_batches.shape[2] - 1
-    program, route = program_of(config, micro_batches.shape[0]), route_of(config)
+    program = program_of(config, micro_batches.shape[0])
+    route = program.schedule.route
     layout = stage_layout(model, route.stages)
     slots = _Slots(route.kind, ranks, layout.places)
     cast = cast_weights(parts, runtime.compute_dtype)

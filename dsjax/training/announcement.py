@@ -64,9 +64,13 @@ def _grouped_matmul(config: Config, runtime: Runtime) -> str:
 def _announce_pipeline(console: Console, config: Config) -> None:
     """Show the schedule of a step after the ramp. Raise ValueError if there is none for some step's micro-batches."""
     train = config.train
-    for size in Schedule(config).batch_sizes():  # a schedule that cannot be is found before any step is compiled
-        program = program_of(config, size // (train.micro_batch_size or size))
+    sizes = Schedule(config).batch_sizes()
+    # A schedule that cannot be is found before any step is compiled.
+    *ramp, program = [program_of(config, size // (train.micro_batch_size or size)) for size in sizes]
     schedule = program.schedule
+    if others := {p.schedule.name: p.schedule.micro_batches for p in ramp if p.schedule.name != schedule.name}:
+        ((name, largest),) = others.items()
+        console.print(f"pipeline  {name} in the batch ramp, up to {largest} micro-batches: {schedule.name} needs more")
     layers = ", ".join(map(str, stage_layout(config.model, schedule.route.stages).counts))
     timeline = simulate(schedule)
     bubble = max(timeline.bubble) / timeline.makespan

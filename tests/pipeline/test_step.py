@@ -120,6 +120,17 @@ def test_overlapped_pairs_give_the_bits_of_pairs_run_one_after_the_other(run, mi
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+def test_a_small_step_of_a_ramp_under_another_schedule(run, micro_batches):
+    """Two micro-batches are too few for DualPipe on two ranks; ZB1P computes the same."""
+    plain = config_of(run, mtp=0, remat="full", dense=0)
+    train = replace(plain.train, batch_ramp_start=8, batch_ramp_fraction=0.5)
+    piped = replace(plain, train=train, mesh=MeshConfig(pipe=2), pipeline=PipelineConfig(schedule="dualpipe"))
+    assert [step.program_of(piped, count).schedule.name for count in (2, 3, 8)] == ["ZB1P", "ZB1P", "DualPipe"]
+    (losses, grads), (expected, expected_grads) = (found(config, micro_batches[:2]) for config in (piped, plain))
+    np.testing.assert_allclose(losses.main, expected.main, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, expected_grads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "mesh"), [("dualpipe", MeshConfig(pipe=4)), ("zb1p", MeshConfig(pipe=2)), (None, MeshConfig(local=2))]
