@@ -1,13 +1,15 @@
-"""Measure: `python -m dsjax.bench train configs/tiny.toml` prints what a training step takes, as JSON."""
+"""Measure, and print JSON: `python -m dsjax.bench train configs/tiny.toml` what a training step takes, `python -m
+dsjax.bench kernels` what the kernels of a Hopper GPU do."""
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from dsjax.host_memory import keep_freed_memory
 from dsjax.parallel.hosts import simulate_devices
-from dsjax.settings import load_run, one_line_errors
+from dsjax.settings import load_run, load_subcommand, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,57 @@ class Train:
             raise ValueError(f"steps = {self.steps}: must be at least 1")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command."""
-    with one_line_errors():
-        if list(argv[:1]) != ["train"]:
-            given = f"{argv[0]!r}" if argv else "nothing"
-            raise ValueError(f"{given} is no benchmark: must be 'train' and a run, such as configs/tiny.toml")
-        config, options = load_run(argv[1:], Train, "bench train")
-        keep_freed_memory()
-        simulate_devices(config.mesh.devices)
-        # Behind the settings, so that --help and mistakes are answered at once.
-        from dsjax.benchmarks.train_step import measure
+@dataclass(frozen=True)
+class Kernels:
+    """Check the kernels for Hopper on the GPU at hand, and time them beside XLA and torch; exit status 1 if one fails.
 
-        print(json.dumps(measure(config, options.steps), indent=2))
+    JSON goes to stdout; progress, and at the end tables, to stderr.
+    """
+
+    only: tuple[Literal["check", "products", "quantizers", "experts", "gradients", "sms", "bf16", "tune"], ...] = ()
+    """Groups of measurements to run; all of them by default, in this order."""
+    budget: float = 450.0
+    """Seconds that it may take; what no longer fits is skipped, and named."""
+    repeats: int = 5
+    """Samples of each figure, of which the median counts; rivals take turns."""
+    torch: bool = True
+    """Time torch's products too, where it is installed."""
+    dry_run: bool = False
+    """Go through everything with tiny shapes and by the definitions on a CPU, in place of the kernels."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats = {self.repeats}: must be at least 1")
+        if self.budget < 0:
+            raise ValueError(f"budget = {self.budget}: must be at least 0")
+
+
+COMMANDS = {"train": Train, "kernels": Kernels}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    with one_line_errors():
+        return _train(argv[1:]) if list(argv[:1]) == ["train"] else _kernels(argv)
+
+
+def _train(argv: Sequence[str]) -> int:
+    config, options = load_run(argv, Train, "bench train")
+    keep_freed_memory()
+    simulate_devices(config.mesh.devices)
+    # Behind the settings, so that --help and mistakes are answered at once.
+    from dsjax.benchmarks.train_step import measure
+
+    print(json.dumps(measure(config, options.steps), indent=2))
+    return 0
+
+
+def _kernels(argv: Sequence[str]) -> int:
+    options = load_subcommand(argv, COMMANDS, "bench")
+    from dsjax.benchmarks.kernels import finish, measure
+
+    return finish(measure(**asdict(options)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

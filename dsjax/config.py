@@ -491,6 +491,17 @@ class Config:
                 f"train.fp8_statistics with precision = {self.precision!r} on {mesh.devices} devices: needs precision "
                 "'fp8' or 'mxfp8', and a single device"
             )
+        kernels = self.kernels
+        if kernels.fp8_gradient_blocks and self.precision != "fp8":
+            raise ValueError(
+                f"kernels.fp8_gradient_blocks with precision = {self.precision!r}: is an ablation of 'fp8', whose "
+                "tiles are as wide as the blocks"
+            )
+        if kernels.fp8 in ("mosaic", "interpret") and self.precision == "mxfp8":
+            raise ValueError(
+                f"kernels.fp8 = {kernels.fp8!r} with precision = 'mxfp8': there are no kernels for groups of 32; "
+                "'auto' and 'xla' compute it"
+            )
         width = self.model.num_attention_heads * self.model.v_head_dim
         if self.precision in ("fp8", "mxfp8") and width % 8:
             raise ValueError(

@@ -107,7 +107,7 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are multiplied in FP8 (E4M3): formats by class of tensor, see spec 1.6 and docs/fp8.md."""
+    """How weights are multiplied in FP8 (E4M3): formats by class of tensor, see docs/fp8.md."""
 
     tile: int = 128
     """Columns that share a scale."""

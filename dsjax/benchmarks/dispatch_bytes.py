@@ -11,6 +11,7 @@ tokens, 4096 x 7168 x 2 bytes. Devices are simulated, nothing runs.
 import json
 import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,12 @@ TOKENS = 4096
 DEVICES_OF_NODE = 8
 
 
-def compiled_exchange(config: Config, tokens: int) -> str:
-    """Return the optimized program of an MoE layer's routed experts on the config's mesh, forward, in BF16."""
+def compiled_exchange(config: Config, tokens: int, options: dict[str, Any] | None = None) -> str:
+    """Return the optimized program of an MoE layer's routed experts on the config's mesh, forward, in BF16.
+
+    Args:
+        options: of the compiler.
+    """
     model, mesh = config.model, make_mesh(config.mesh)
     divided = PartitionSpec(EXPERT_AXES)
 
@@ -52,7 +57,7 @@ def compiled_exchange(config: Config, tokens: int) -> str:
         },
     )
     exchange = jax.shard_map(on_device, mesh=mesh, in_specs=(divided,) * 4, out_specs=divided, check_vma=False)
-    return jax.jit(exchange).lower(*arguments).compile().as_text()
+    return jax.jit(exchange).lower(*arguments).compile(options).as_text()
 
 
 def bytes_between(config: Config, tokens: int, devices_of_node: int) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """The token cache: documents held out or not, rearranged for FIM, encoded, joined, and memory-mapped.
 
-A document becomes its tokens and the end token; no begin token, as in the packed sequences of spec 2.5. All choices
-(held out, FIM, where it is cut) are drawn from a hash of the document's content, so they depend neither on the seed of
-a run nor on the other documents: copies of a text are never on both sides, and a growing corpus keeps its split.
+A document becomes its tokens and the end token; no begin token, as in the report's packed sequences (section 4.1). All
+choices (held out, FIM, where it is cut) are drawn from a hash of the document's content, so they depend neither on the
+seed of a run nor on the other documents: copies of a text are never on both sides, and a growing corpus keeps its
+split.
 """
 
 import hashlib
@@ -153,7 +154,7 @@ def arrange(content: Any, rate: float, tokenizer: Tokenizer | None, *, fim: bool
     """Returns the parts of a document in the order of training: texts, and arrays or lists of ids.
 
     With probability `rate`, and only if `fim`, it is cut at two uniform positions (characters, or tokens) and becomes
-    begin, prefix, hole, suffix, end, middle (PSM form, spec 2.5). The end token closes it in any case.
+    begin, prefix, hole, suffix, end, middle (PSM form, report section 4.1). The end token closes it in any case.
     """
     if tokenizer is None:
         return [content]

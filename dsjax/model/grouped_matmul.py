@@ -8,6 +8,7 @@ Dimensions: R rows of the buffer, G groups, K input width, N output width, A ali
 
 import functools
 from dataclasses import dataclass
+from types import ModuleType
 from typing import get_args
 
 import jax
@@ -17,9 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from dsjax.config import GroupedMatmulKernel
-from dsjax.pallas.hopper import resolve as resolve_for_hopper
-from dsjax.pallas.matmul import sixteen_bits
-from dsjax.pallas.matmul.schedules import ALIGNMENT
+from dsjax.pallas.choice import resolve as resolve_for_hopper
+from dsjax.pallas.matmul.reference import TILE
 from dsjax.runtime import target_platform
 
 MULTIPLES = (16, 4, 1)
@@ -122,11 +122,11 @@ def resolve(
             f"grouped matmul: no implementation {impl!r}; there are {', '.join(get_args(GroupedMatmulKernel))}"
         )
     on_hopper = platform == "gpu" and resolve_for_hopper("auto") == "mosaic"
-    fits = on_hopper and dtype == jnp.bfloat16 and alignment == ALIGNMENT
+    fits = on_hopper and dtype == jnp.bfloat16 and alignment == TILE
     if impl == "mosaic" and not fits:
         here = f"{'Hopper' if on_hopper else platform}, {jnp.dtype(dtype).name} and {alignment}"
         raise ValueError(
-            f"grouped matmul 'mosaic' needs a Hopper GPU (H100, H200, H800), bfloat16 and alignment = {ALIGNMENT}; "
+            f"grouped matmul 'mosaic' needs a Hopper GPU (H100, H200, H800), bfloat16 and alignment = {TILE}; "
             f"here are {here}; 'auto' runs everywhere"
         )
     if impl != "auto":
@@ -190,7 +190,7 @@ def _rows_times_matrices(
     out_width = w.shape[3 - contract]
     match impl:
         case "mosaic" | "interpret":  # the latter for tests
-            return sixteen_bits.grouped_matmul(x, w, groups.group_of_tile, contract=contract, impl=impl)
+            return _kernels().grouped_matmul(x, w, groups.group_of_tile, contract=contract, impl=impl)
         case "tiles":
             y = jnp.zeros((groups.rows, out_width), x.dtype)
             for size, (starts, group_of_block, count) in zip(groups.block_sizes, groups.blocks, strict=True):
@@ -225,7 +225,7 @@ def _rows_times_rows(
     num_groups = groups.sizes.shape[0]
     match impl:
         case "mosaic" | "interpret":
-            return sixteen_bits.grouped_wgrad(dy, x, groups.padded_sizes, impl=impl)
+            return _kernels().grouped_wgrad(dy, x, groups.padded_sizes, impl=impl)
         case "tiles":
             dw = jnp.zeros((num_groups, dy.shape[1], x.shape[1]), jnp.float32)
             for size, (starts, group_of_block, count) in zip(groups.block_sizes, groups.blocks, strict=True):
@@ -252,6 +252,12 @@ def _rows_times_rows(
                 dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
             )
             return lax.ragged_dot_general(dy, x, groups.padded_sizes, contract_rows, preferred_element_type=jnp.float32)
+
+
+def _kernels() -> ModuleType:
+    from dsjax.pallas.matmul import sixteen_bits  # see `pallas.choice`
+
+    return sixteen_bits
 
 
 def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:

@@ -89,7 +89,7 @@ class RoutedExperts:
     ) -> tuple[Float[Array, "T D"], Plan]:
         """Return each token's sum; its weight multiplies an expert's SwiGLU output, before the down projection.
 
-        So combining is a plain sum (spec 1.6).
+        So combining is a plain sum.
         """
         if self._in_fp8:
             return fp8.routed_experts(courier, x, weights, self.params["gate_up"], self.params["down"], named=named)

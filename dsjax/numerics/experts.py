@@ -11,7 +11,6 @@ import jax
 from jaxtyping import Array, Float
 
 from dsjax.numerics.quantized import (
-    Quantized,
     activated,
     activations,
     activations_transposed,
@@ -21,6 +20,7 @@ from dsjax.numerics.quantized import (
     grouped_product,
     grouped_sum,
     regrouped,
+    swiglu,
 )
 from dsjax.numerics.quantized import named as with_name
 from dsjax.numerics.weights import Fp8Weight
@@ -67,8 +67,8 @@ def _forward(courier, x, weights, gate_up, down, named):
         rows = plan.expand(arrived)
     hidden = grouped_product(rows, gate_up.forward, plan.groups, recipe, x.dtype)
     kept = name(activations(hidden, recipe, of=down.name, role="kept"), "gate_up")
-    product_of_both = quantizers.swiglu_tiles(hidden, row_weights, power_of_two=recipe.power_of_two, impl=recipe.impl)
-    results = grouped_product(Quantized(*product_of_both), down.forward, plan.groups, recipe, x.dtype)
+    products = swiglu(hidden, row_weights, recipe, of=down.name)
+    results = grouped_product(products, down.forward, plan.groups, recipe, x.dtype)
     with jax.named_scope("combine"):
         y = plan.back(results)
     return (y, plan), (plan, arrived, row_weights, kept, gate_up.kept(), down.kept())

@@ -30,9 +30,9 @@ class Statistics(NamedTuple):
     error: Float[Array, ""]
     """Norm of the difference over the norm of the tensor."""
     underflow: Float[Array, ""]
-    """Share of the numbers that are not zero and became zero."""
+    """Of the numbers that are not zero, the share that became zero."""
     saturation: Float[Array, ""]
-    """Share of the numbers whose code is E4M3's largest: one per tile is as it should be."""
+    """Of the same, the share whose code is E4M3's largest: one per tile is as it should be."""
 
 
 Observations = dict[tuple[str, Role], Statistics]
@@ -58,8 +58,11 @@ def observe(name: str, role: Role, x: Float[Array, "..."], codes: Array, near: F
         near: what the codes stand for.
     """
     found = _found.get()
-    if found is not None:
-        found[name, role] = statistics(x, codes, near)
+    if found is None:
+        return
+    new = statistics(x, codes, near)
+    # A weight that is used more than once, and several MTP modules, which share names: the worst of each.
+    found[name, role] = Statistics(*map(jnp.maximum, new, found.get((name, role), new)))
 
 
 def is_observed() -> bool:
@@ -70,11 +73,11 @@ def is_observed() -> bool:
 def statistics(x: Float[Array, "..."], codes: Array, near: Float[Array, "..."]) -> Statistics:
     """Return what became of a tensor."""
     x = x.astype(jnp.float32)
-    lost = (x != 0) & (near == 0)
+    there, size = x != 0, jnp.linalg.norm(x.ravel())
+    count = jnp.maximum(there.sum(), 1)  # not the rows of padding
     return Statistics(
         amax=jnp.abs(x).max(),
-        error=jnp.linalg.norm((near - x).ravel())
-        / jnp.maximum(jnp.linalg.norm(x.ravel()), jnp.finfo(jnp.float32).tiny),
-        underflow=lost.mean(),
-        saturation=(jnp.abs(codes.astype(jnp.float32)) == LARGEST).mean(),
+        error=jnp.linalg.norm((near - x).ravel()) / jnp.maximum(size, jnp.finfo(jnp.float32).tiny),
+        underflow=(there & (near == 0)).sum() / count,
+        saturation=(jnp.abs(codes.astype(jnp.float32)) == LARGEST).sum() / count,
     )

@@ -5,7 +5,7 @@
     dw = dy^T x    both in 128 x 1; the result is float32
 
 Every function is one unit of differentiation, whose gradients of inputs and of weights are equations of their own, so
-that a pipeline can put off the latter. What it keeps is what spec 1.6 says.
+that a pipeline can put off the latter. docs/fp8.md has a table of what is kept in which format.
 """
 
 import jax
@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsjax.numerics.quantized import (
-    Quantized,
     activated,
     activations,
     activations_transposed,
@@ -23,6 +22,7 @@ from dsjax.numerics.quantized import (
     gradients_transposed,
     named,
     product,
+    swiglu,
 )
 from dsjax.numerics.weights import Fp8Weight
 from dsjax.pallas.quantize import api as quantizers
@@ -58,12 +58,12 @@ def _output_projection(x, w):
 
 
 def _output_projection_forward(x, w):
-    return forward_product(x, w), (kept_in_12_bits(x, w), w.kept())
+    return forward_product(x, w), (kept_in_12_bits(x), w.kept())
 
 
 def _output_projection_backward(residuals, dy):
     packed, w = residuals
-    x = from_12_bits(packed, w, dy.dtype)
+    x = from_12_bits(packed, dy.dtype)
     return input_gradient(dy, w), w.gradient(weight_gradient(dy, x, w))
 
 
@@ -83,10 +83,13 @@ def _feed_forward(x, gate_up, down):
 def _feed_forward_forward(x, gate_up, down):
     hidden = forward_product(x, gate_up)
     ones = jnp.ones(len(x), jnp.float32)
-    product_of_both = Quantized(
-        *quantizers.swiglu_tiles(hidden, ones, power_of_two=down.recipe.power_of_two, impl=down.recipe.impl)
+    y = product(
+        swiglu(hidden, ones, down.recipe, of=down.name),
+        down.forward,
+        down.recipe,
+        x.dtype,
+        b_rows=down.recipe.weight_rows,
     )
-    y = product(product_of_both, down.forward, down.recipe, x.dtype, b_rows=down.recipe.weight_rows)
     kept = named(activations(hidden, gate_up.recipe, of=down.name, role="kept"), "gate_up")
     return y, (x, kept, gate_up.kept(), down.kept())
 
@@ -106,14 +109,14 @@ def _feed_forward_backward(residuals, dy):
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
-def kept_in_12_bits(x: Float[Array, "M I"], w: Fp8Weight) -> tuple[Array, Array]:
+def kept_in_12_bits(x: Float[Array, "M I"]) -> tuple[Array, Array]:
     """Return what a backward pass keeps of the output of attention, under its name."""
-    return named(quantizers.pack_e5m6(x, impl=w.recipe.impl), "attention_out")
+    return named(quantizers.pack_e5m6(x), "attention_out")
 
 
-def from_12_bits(packed: tuple[Array, Array], w: Fp8Weight, dtype: DTypeLike) -> Float[Array, "M I"]:
+def from_12_bits(packed: tuple[Array, Array], dtype: DTypeLike) -> Float[Array, "M I"]:
     """Return what `kept_in_12_bits` kept."""
-    return quantizers.unpack_e5m6(*packed, impl=w.recipe.impl).astype(dtype)
+    return quantizers.unpack_e5m6(*packed).astype(dtype)
 
 
 def forward_product(x: Float[Array, "M I"], w: Fp8Weight) -> Float[Array, "M O"]:

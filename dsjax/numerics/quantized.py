@@ -6,6 +6,7 @@ tokens; weights have blocks of 128 x 128, which serve both ways (report section 
 """
 
 import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,6 @@ from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from dsjax.numerics.instruments import Role, is_observed, observe
 from dsjax.pallas.matmul import reference as matmul_reference
-from dsjax.pallas.matmul.scaled import grouped_scaled_matmul, grouped_scaled_wgrad, scaled_matmul
 from dsjax.pallas.quantize import api as quantizers
 from dsjax.runtime import Recipe
 
@@ -48,7 +48,7 @@ def activations(
     """Quantize along channels.
 
     Args:
-        power_of_two: whether scales are, whatever the recipe; so that another grouping adds no error (spec 1.1, row 9).
+        power_of_two: whether scales are, whatever the recipe; so that another grouping adds little error.
         of, role: name of the weight that it is multiplied with, and what it is to it, for `instruments`.
     """
     quantized = Quantized(*_tiles(x, recipe, power_of_two))
@@ -115,7 +115,7 @@ def product(a: Quantized, b: Quantized, recipe: Recipe, out_dtype: DTypeLike, *,
     """
     if recipe.tile != 128:
         return matmul_reference.scaled_matmul(*a, *b, rows=b_rows, tile=recipe.tile, out_dtype=out_dtype)
-    return scaled_matmul(*a, *b, rows=b_rows, out_dtype=out_dtype, impl=recipe.impl, num_sms=recipe.num_sms)
+    return _products().scaled_matmul(*a, *b, rows=b_rows, out_dtype=out_dtype, impl=recipe.impl, num_sms=recipe.num_sms)
 
 
 def grouped_product(
@@ -126,7 +126,7 @@ def grouped_product(
         rows, tile = recipe.weight_rows, recipe.tile
         function = functools.partial(matmul_reference.grouped_scaled_matmul, rows=rows, tile=tile)
     else:
-        function = functools.partial(grouped_scaled_matmul, impl=recipe.impl, num_sms=recipe.num_sms)
+        function = functools.partial(_products().grouped_scaled_matmul, impl=recipe.impl, num_sms=recipe.num_sms)
     return function(*x, *w, groups.group_of_tile, out_dtype=out_dtype)
 
 
@@ -135,8 +135,23 @@ def grouped_sum(dy_t: Quantized, x_t: Quantized, groups: Any, recipe: Recipe) ->
     if recipe.tile != 128:
         function = functools.partial(matmul_reference.grouped_scaled_wgrad, tile=recipe.tile)
     else:
-        function = functools.partial(grouped_scaled_wgrad, impl=recipe.impl, num_sms=recipe.num_sms)
+        function = functools.partial(_products().grouped_scaled_wgrad, impl=recipe.impl, num_sms=recipe.num_sms)
     return function(*dy_t, *x_t, groups.padded_sizes)
+
+
+def swiglu(
+    gate_up: Float[Array, "M F2"], weights: Float[Array, " M"], recipe: Recipe, *, of: str | None = None
+) -> Quantized:
+    """Quantize what a SwiGLU makes of [gate | up], times a weight per row, along channels and from float32."""
+    wide = activated(gate_up.astype(jnp.float32), weights)
+    if recipe.tile != 128:
+        quantized = Quantized(*_tiles(wide, recipe, False))
+    else:
+        quantized = Quantized(
+            *quantizers.swiglu_tiles(gate_up, weights, power_of_two=recipe.power_of_two, impl=recipe.impl)
+        )
+    _observe(of, "input", wide, quantized, recipe)
+    return quantized
 
 
 def activated(gate_up: Float[Array, "M F2"], weights: Float[Array, " M"]) -> Float[Array, "M F"]:
@@ -148,6 +163,12 @@ def activated(gate_up: Float[Array, "M F2"], weights: Float[Array, " M"]) -> Flo
 def _observe(name: str | None, role: Role, x: Array, quantized: Quantized, recipe: Recipe) -> None:
     if name is not None and is_observed():
         observe(name, role, x, quantized.codes, dequantized(quantized, recipe))
+
+
+def _products() -> ModuleType:
+    from dsjax.pallas.matmul import scaled  # see `pallas.choice`
+
+    return scaled
 
 
 def _tiles(x: Float[Array, "M K"], recipe: Recipe, power_of_two: bool) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Compiling for GPUs that are not there: XLA needs a description of the chip, and the CUDA plugin, but no GPU.
 
     with gpu_devices(nodes=8, per_node=8) as devices:
-        jax.jit(f).lower(*shapes_with_shardings_on(devices)).compile()
+        jax.jit(f).lower(*shapes_with_shardings_on(devices)).compile(COMPILER_OPTIONS)
 
 `uv run --extra cuda13` installs the plugin. Without a GPU no kernel is timed, so XLA chooses algorithms by its model of
 the chip: memory and the order of operations are indications.
@@ -19,6 +19,10 @@ from jax.experimental import topologies
 from dsjax.runtime import made_for
 
 Chip = Literal["h100", "h200"]
+
+COMPILER_OPTIONS = {"xla_gpu_experimental_use_collective_kernels": ""}
+"""For `compile`: XLA takes all devices of a description for those of one host, and its own kernels of small all-reduces
+do not compile for 64."""
 
 
 @dataclass(frozen=True)

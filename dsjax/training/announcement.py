@@ -11,7 +11,7 @@ from dsjax.model.causal_attention import resolve as resolve_attention
 from dsjax.model.flops import parameter_count, peak
 from dsjax.model.grouped_matmul import buffer_rows, default_alignment
 from dsjax.model.grouped_matmul import resolve as resolve_grouped_matmul
-from dsjax.pallas.hopper import resolve as resolve_fp8
+from dsjax.pallas.choice import resolve as resolve_fp8
 from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.transport import resolve as resolve_transport
 from dsjax.pipeline.simulate import simulate
@@ -30,8 +30,10 @@ def announce(console: Console, config: Config, runtime: Runtime, mesh: Mesh, dat
     products = f"grouped matmul {_grouped_matmul(config, runtime)}"
     if recipe := runtime.recipe:
         dtype = f"FP8 (E4M3) in tiles of 1 x {recipe.tile} with {dtype} between"
-        kernels = {"xla": "XLA, as there is no Hopper GPU", "mosaic": "kernels for Hopper"}
-        products = f"FP8 products by {kernels.get(resolve_fp8(recipe.impl), recipe.impl)}"
+        impl = "xla" if recipe.tile != 128 else resolve_fp8(recipe.impl)
+        why = ", as there is no Hopper GPU" if recipe.impl == "auto" and recipe.tile == 128 else ""
+        by = {"xla": f"XLA{why}", "mosaic": "kernels for Hopper", "interpret": "kernels, interpreted"}
+        products = f"FP8 products by {by[impl]}"
     console.print(f"device    {device.device_kind}, {dtype}; attention {attention}, {products}")
     _announce_mesh(console, config, mesh, runtime)
     console.print(f"peak      {peak(device)[1]}; MFU counts attention as causal")

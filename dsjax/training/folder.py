@@ -1,5 +1,6 @@
 """The folder of a run: who may use it, what is resumed from it, and what is saved into it."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -17,12 +18,13 @@ from dsjax.data.tokens import TokenCache
 from dsjax.model.layout import stack, unstack
 from dsjax.parallel.agreement import on_first
 from dsjax.pipeline.stages import rows_of
-from dsjax.settings import to_dict, to_toml
+from dsjax.settings import from_dict, to_dict, to_toml
 from dsjax.training.state import TrainState, abstract_state, from_canonical, to_canonical
 
 MAY_CHANGE = {
     *("run", "data.path", "data.tokenizer", "data.cache"),
     *("train.log_every", "train.validate_every", "train.validation_sequences", "train.max_bad_steps"),
+    *("train.fp8_statistics", "kernels.fp8"),
     *("checkpoint.every", "checkpoint.keep"),
     *("mesh.pipe", "mesh.data", "mesh.node", "mesh.local", "pipeline.schedule", "pipeline.max_deferred"),
     *("dispatch.transport", "dispatch.node_slack", "dispatch.device_slack"),
@@ -156,8 +158,11 @@ class RunFolder:
         metadata = self._newest_metadata()
         if metadata is None:
             return
-        lines = differing_fields(metadata["config"], to_dict(self._config))
-        lines = [line for line in lines if line.partition(":")[0] not in MAY_CHANGE]
+        saved = metadata["config"]
+        with contextlib.suppress(ValueError):  # of settings that this version does not know, which are named below
+            saved = to_dict(from_dict(Config, saved))  # what is newer than the checkpoint was as it is by default
+        lines = differing_fields(saved, to_dict(self._config))
+        lines = sorted(line for line in lines if line.partition(":")[0] not in MAY_CHANGE)
         if lines:
             raise ValueError(
                 f"run = {self._config.run!r}: its checkpoint was made with other settings ({'; '.join(lines)}); "

@@ -280,9 +280,11 @@ class Recorder:
 
     def _record(self, facts: StepFacts, numbers: Mapping[str, np.ndarray]) -> Record:
         rate = self._tokens / self._seconds if self._seconds else None
-        counts = numbers.get("loads", np.zeros((0, self._expert_shards)))  # a model of dense layers routes nothing
+        counts = numbers.get("loads", np.zeros((0, self._expert_shards), np.int32))  # dense layers route nothing
         loads = load_over_mean(counts)
-        devices = load_over_mean(counts.reshape(len(counts), self._expert_shards, -1).sum(axis=2))
+        devices = load_over_mean(
+            counts.reshape(*counts.shape[:1], self._expert_shards, counts.shape[1] // self._expert_shards).sum(2)
+        )
         rounds = np.asarray(numbers.get("rounds", np.zeros(0)))
         return {
             "step": facts.step,

@@ -61,23 +61,26 @@ def test_output_projection_reads_twelve_bits_back():
     """Of representable tensors E5M6 loses nothing; what is kept has 1.5 bytes a number."""
     rng = np.random.default_rng(1)
     x, w, dy = representable(rng, 40, 128), representable(rng, 64, 128), representable(rng, 40, 64)
-    o = quantize_weights({"o": w}, DEEPSEEK)["o"]
     y, transpose = jax.vjp(lambda x, w: fp8.output_projection(x, quantize_weights({"o": w}, DEEPSEEK)["o"]), x, w)
     dx, dw = transpose(dy)
     np.testing.assert_array_equal(y, x @ w.T)
     np.testing.assert_array_equal(dx, dy @ w)
     np.testing.assert_array_equal(dw, dy.T @ x)
-    words, scales = fp8.kept_in_12_bits(x, o)
+    words, scales = fp8.kept_in_12_bits(x)
     assert words.nbytes == 1.5 * x.size and scales.shape == (40, 1)
 
 
-def test_feed_forward():
+@pytest.mark.parametrize("recipe", [DEEPSEEK, MXFP8], ids=["1x128", "1x32"])
+def test_feed_forward(recipe):
+    """Wider than a tile, and of columns of very different sizes, so that scales of a neighbour would show."""
     keys = jax.random.split(jax.random.key(0), 4)
-    gate_up, down = jax.random.normal(keys[0], (2, 96, 160)) / 13, jax.random.normal(keys[1], (160, 96)) / 10
+    sizes = jnp.exp2(jnp.arange(300) // 32 * 3.0 % 7)
+    gate_up = jax.random.normal(keys[0], (2, 300, 160)) / 13 * jnp.stack([jnp.ones(300), sizes])[:, :, None]
+    down = jax.random.normal(keys[1], (160, 300)) / 10
     x, dy = (jax.random.normal(key, (64, 160)) for key in keys[2:])
 
     def in_fp8(x, gate_up, down):
-        weights = quantize_weights({"gate_up": gate_up, "down": down}, DEEPSEEK)
+        weights = quantize_weights({"gate_up": gate_up, "down": down}, recipe)
         return fp8.feed_forward(x, weights["gate_up"], weights["down"])
 
     def plain(x, gate_up, down):

@@ -5,7 +5,7 @@ import pytest
 from dsjax.benchmarks import dispatch_bytes
 from dsjax.config import Config, DispatchConfig, MeshConfig, TrainConfig
 from dsjax.parallel.mesh import make_mesh
-from dsjax.planning.aot import can_compile_for_gpus, gpu_devices
+from dsjax.planning.aot import COMPILER_OPTIONS, can_compile_for_gpus, gpu_devices
 from dsjax.planning.hlo import collectives
 from dsjax.settings import load_model_config
 
@@ -26,11 +26,13 @@ def test_the_exchange_compiles_for_gpus(monkeypatch, transport):
     )
     with gpu_devices(nodes=8, per_node=8) as devices:
         monkeypatch.setattr(dispatch_bytes, "make_mesh", lambda mesh: make_mesh(mesh, devices))
-        found = collectives(dispatch_bytes.compiled_exchange(config, TOKENS))
+        found = collectives(dispatch_bytes.compiled_exchange(config, TOKENS, COMPILER_OPTIONS))
     kind = {"ragged": "ragged-all-to-all", "padded": "all-to-all"}[transport]
-    row, directions, rounds = 7168 * 2, 2, 2  # the first round, and the body of the loop over further ones
+    # There with eight weights and numbers of experts, or with one of each; back without.
+    row, choice, rounds = 7168 * 2, 4 + 2, 2  # the first round, and the body of the loop over further ones
+    messages = [2464 * row, 2464 * (row + 8 * choice), 5120 * row, 5120 * (row + choice)]
     of_rows = sorted(c.nbytes for c in found if c.kind == kind and c.nbytes > 1e8)
-    assert of_rows == sorted(directions * rounds * [8 * 2464 * row, 8 * 5120 * row])
+    assert of_rows == sorted(rounds * [8 * message for message in messages])
 
 
 def test_without_the_plugin_the_error_says_how_to_get_it(monkeypatch):

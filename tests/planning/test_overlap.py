@@ -16,7 +16,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import batch_spec
 from dsjax.pipeline import executor
 from dsjax.pipeline.step import program_of
-from dsjax.planning.aot import can_compile_for_gpus, gpu_devices
+from dsjax.planning.aot import COMPILER_OPTIONS, can_compile_for_gpus, gpu_devices
 from dsjax.planning.hlo import collectives
 from dsjax.runtime import Runtime
 from dsjax.settings import load_model_config
@@ -79,7 +79,8 @@ def test_the_steady_state_hides_tokens_and_transfers(monkeypatch):
         lowered = step.lower(state.params, state.biases, tokens, weight)
         # Which of the products' kernels is fastest does not matter here, nor how well they are optimized.
         compiled = lowered.compile(
-            compiler_options={
+            compiler_options=COMPILER_OPTIONS
+            | {
                 "xla_gpu_autotune_level": 0,
                 "xla_gpu_enable_triton_gemm": False,
                 "xla_backend_optimization_level": 0,

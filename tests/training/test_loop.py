@@ -22,6 +22,7 @@ from dsjax.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, 
 from dsjax.model.layout import unstack
 from dsjax.runtime import runtime_of
 from dsjax.settings import load_config, to_toml
+from dsjax.training.folder import RunFolder
 from dsjax.training.loop import TrainingFailed, train
 from dsjax.training.metrics import RECORD_KEYS, read_metrics
 from dsjax.training.schedule import Schedule
@@ -86,6 +87,15 @@ def assert_same_bits(found: list[np.ndarray], expected: list[np.ndarray]) -> Non
         assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+def test_a_model_of_dense_layers(short_run, tmp_path):
+    model = replace(short_run.model, num_hidden_layers=1, num_nextn_predict_layers=0)
+    train_config = replace(short_run.train, steps=2, validate_every=2)
+    summary = quiet_train(replace(short_run, model=model, train=train_config, run=str(tmp_path / "dense")))
+    (record,) = read_metrics(summary.folder / "metrics.jsonl")
+    assert record["expert_load_max_over_mean"] == 0 and record["expert_load_max_over_mean_per_layer"] == []
+    assert {path.name for path in (summary.folder / "pictures").iterdir()} == {"loss.png", "schedule.png"}
+
+
 def test_a_run_leaves_what_it_promises(finished, short_run):
     folder = finished.folder
     assert finished.finished and finished.steps == 20
@@ -122,6 +132,19 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(c
         quiet_train(copy)
     assert f"checkpoint {Path(copy.run).absolute() / 'checkpoints' / '20'} is damaged" in caplog.text
     assert_same_bits(arrays_of(Path(copy.run), copy, 20), arrays_of(finished.folder, copy, 20))
+
+
+def test_a_setting_newer_than_the_checkpoint_was_at_its_default(copy, monkeypatch):
+    newest = RunFolder._newest_metadata
+
+    def older(folder):
+        metadata = newest(folder)
+        del metadata["config"]["kernels"]["fp8_gradient_blocks"], metadata["config"]["data"]["sequence_length"]
+        return metadata
+
+    monkeypatch.setattr(RunFolder, "_newest_metadata", older)
+    with pytest.raises(ValueError, match=r"other settings \(data.sequence_length: 4096 in the checkpoint, 32 now\)"):
+        quiet_train(copy)
 
 
 def test_refusals(copy, short_run, tmp_path):

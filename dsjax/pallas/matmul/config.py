@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsjax.pallas.hopper import NUM_SMS, SHARED_MEMORY
+from dsjax.pallas.choice import NUM_SMS, SHARED_MEMORY
 
 Kind = Literal["dense", "dense_1d1d", "grouped", "masked", "wgrad", "grouped_16bit", "wgrad_16bit"]
 """Which product: the functions of `scaled`, `dense` with scales of blocks or of rows, and those of `sixteen_bits`."""

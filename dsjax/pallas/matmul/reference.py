@@ -45,6 +45,11 @@ def scaled_matmul(
     m, k = a.shape
     n = b.shape[0]
     parts = -(-k // tile)
+    if a_scales.shape != (m, parts) or b_scales.shape != (-(-n // rows), parts):
+        raise ValueError(
+            f"scales {a_scales.shape} and {b_scales.shape} of codes {a.shape} and {b.shape}: should be {(m, parts)} "
+            f"and {(-(-n // rows), parts)} for tiles of {tile} columns and, of the second, {rows} rows"
+        )
     a, b = (jnp.pad(array, ((0, 0), (0, parts * tile - k))) for array in (a, b))
 
     def add(i: int | Array, total: Float[Array, "M N"]) -> Float[Array, "M N"]:

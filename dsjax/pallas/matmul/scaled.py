@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.hopper import NUM_SMS, resolve
+from dsjax.pallas.choice import NUM_SMS, resolve
 from dsjax.pallas.matmul import reference
 from dsjax.pallas.matmul.calls import (
     OUT_COLUMNS,

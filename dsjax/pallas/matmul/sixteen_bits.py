@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.hopper import NUM_SMS, resolve
+from dsjax.pallas.choice import NUM_SMS, resolve
 from dsjax.pallas.matmul import reference
 from dsjax.pallas.matmul.calls import check_sum, check_tiles, choose, pad_to, sum_over_groups
 from dsjax.pallas.matmul.config import BLOCK_BYTES, Config

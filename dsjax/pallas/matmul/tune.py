@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.hopper import NUM_SMS
+from dsjax.pallas.choice import NUM_SMS
 from dsjax.pallas.matmul import scaled, sixteen_bits
 from dsjax.pallas.matmul.config import Config, Kind, candidates
 from dsjax.pallas.matmul.reference import TILE

@@ -12,14 +12,15 @@ rounding: behind an exponential function (`swiglu_tiles`) and behind a sum over 
 are no number, only that is kept, not the sign.
 """
 
+from types import ModuleType
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Int32, UInt32
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.hopper import resolve
-from dsjax.pallas.quantize import kernels, reference
+from dsjax.pallas.choice import resolve
+from dsjax.pallas.quantize import reference
 from dsjax.pallas.quantize.reference import TILE, dequantize
-from dsjax.pallas.quantize.stream import ALIGNMENT
 
 __all__ = [
     "blocks",
@@ -50,7 +51,7 @@ def tiles(
     *batch, k = x.shape
     rows = x.reshape(-1, k)
     m = rows.shape[0]
-    codes, scales = kernels.tiles(_aligned(rows, 0, 1), impl, power_of_two=power_of_two)
+    codes, scales = _kernels().tiles(_aligned(rows, 0, 1), impl, power_of_two=power_of_two)
     return codes[:m, :k].reshape(x.shape), scales[:, :m].T.reshape(*batch, -1)
 
 
@@ -66,7 +67,7 @@ def tiles_transposed(
     if impl == "xla":
         return reference.tiles_transposed(x, power_of_two=power_of_two)
     m, k = x.shape
-    codes, scales = kernels.tiles_transposed(_aligned(x, 0, 1), impl, power_of_two=power_of_two)
+    codes, scales = _kernels().tiles_transposed(_aligned(x, 0, 1), impl, power_of_two=power_of_two)
     return codes[:k, :m], scales[:, :k].T
 
 
@@ -82,7 +83,7 @@ def blocks(
     if impl == "xla":
         return reference.blocks(w, power_of_two=power_of_two)
     *batch, n, k = w.shape
-    codes, scales = kernels.blocks(_aligned(w.reshape(-1, n, k), 1, 2), impl, power_of_two=power_of_two)
+    codes, scales = _kernels().blocks(_aligned(w.reshape(-1, n, k), 1, 2), impl, power_of_two=power_of_two)
     return codes[:, :n, :k].reshape(w.shape), scales.reshape(*batch, *scales.shape[1:])
 
 
@@ -109,7 +110,7 @@ def requantize_transposed(
     if rows is not None:
         codes, scales = (array.at[rows].get(mode="fill", fill_value=0) for array in (codes, scales))
     m, k = codes.shape
-    codes, scales = kernels.requantize_transposed(
+    codes, scales = _kernels().requantize_transposed(
         _aligned(codes, 0, 1), _aligned(scales.T, 1), impl, power_of_two=power_of_two
     )
     return codes[:k, :m], scales[:, :k].T
@@ -130,10 +131,10 @@ def rms_norm_tiles(
             multiple of 128, too large, or such that no few rows have a multiple of 8 tiles.
     """
     m, k = x.shape
-    impl = _resolve(impl, x, unsupported=None if kernels.rms_norm_rows(k) else f"an RMSNorm of {k} columns")
+    impl = _resolve(impl, x, unsupported=None if _kernels().rms_norm_rows(k) else f"an RMSNorm of {k} columns")
     if impl == "xla":
         return reference.rms_norm_tiles(x, gain, eps, power_of_two=power_of_two)
-    codes, scales = kernels.rms_norm_tiles(_aligned(x, 0), gain, eps, impl, power_of_two=power_of_two)
+    codes, scales = _kernels().rms_norm_tiles(_aligned(x, 0), gain, eps, impl, power_of_two=power_of_two)
     return codes[:m], scales[:m]
 
 
@@ -149,7 +150,7 @@ def swiglu_tiles(
     if impl == "xla":
         return reference.swiglu_tiles(gate_up, weights, power_of_two=power_of_two)
     m, f = _halves(gate_up)
-    codes, scales = kernels.swiglu_tiles(
+    codes, scales = _kernels().swiglu_tiles(
         _aligned(gate_up.reshape(m, 2, f), 0, 2),
         _aligned(weights.astype(jnp.float32), 0),
         impl,
@@ -171,7 +172,7 @@ def swiglu_backward(
     if impl == "xla":
         return reference.swiglu_backward(gate_up, weights, dy)
     m, f = _halves(gate_up)
-    gradient, parts = kernels.swiglu_backward(
+    gradient, parts = _kernels().swiglu_backward(
         _aligned(gate_up.reshape(m, 2, f), 0, 2),
         _aligned(weights.astype(jnp.float32), 0),
         _aligned(dy, 0, 1),
@@ -192,7 +193,7 @@ def transpose(
     if impl == "xla":
         return reference.transpose(codes)
     *batch, n, k = codes.shape
-    transposed = kernels.transpose(_aligned(codes.reshape(-1, n, k), 1, 2), impl)
+    transposed = _kernels().transpose(_aligned(codes.reshape(-1, n, k), 1, 2), impl)
     return transposed[:, :k, :n].reshape(*batch, k, n)
 
 
@@ -220,6 +221,12 @@ def unpack_e5m6(
     return reference.unpack_e5m6(words, scales)
 
 
+def _kernels() -> ModuleType:
+    from dsjax.pallas.quantize import kernels  # see `choice`
+
+    return kernels
+
+
 def _resolve(
     impl: Fp8Kernel, *inputs: Array, types: tuple = (jnp.bfloat16, jnp.float32), unsupported: str | None = None
 ) -> Fp8Kernel:
@@ -244,6 +251,8 @@ def _only_xla(impl: Fp8Kernel, what: str) -> None:
 
 def _aligned(x: Array, *axes: int) -> Array:
     # Columns of codes, a byte each, decide; rows are columns of what is written transposed.
+    from dsjax.pallas.quantize.stream import ALIGNMENT
+
     padding = [(0, -n % ALIGNMENT if axis in axes else 0) for axis, n in enumerate(x.shape)]
     return jnp.pad(x, padding) if any(after for _, after in padding) else x
 

@@ -3,7 +3,7 @@ divisions on NVIDIA's GPUs may be off by two units in the last place (`div.full.
 
 A tensor is divided into tiles that share a scale, and divided by it: x = codes * scales. Tiles are 1 x 128 of
 activations and their gradients, 128 x 1 where a product sums over tokens, and 128 x 128 of weights (report section
-3.3.2, spec 1.1). The last tile of a row or column may be partial.
+3.3.2). The last tile of a row or column may be partial.
 
 Not a number or infinite values make a scale that is not finite, and so show in every product with their tile.
 """
@@ -148,7 +148,7 @@ def transpose(codes: Float8e4m3fn[Array, "*batch N K"]) -> Float8e4m3fn[Array, "
 def pack_e5m6(x: Float[Array, "*batch K"]) -> tuple[UInt32[Array, "*batch 3K/8"], Float[Array, "*batch K/128"]]:
     """Quantize to 12 bits, 5 of exponent and 6 of mantissa, in tiles of 1 x 128 with power-of-two scales.
 
-    Eight values fill three words (spec 1.6). Rounded as DeepSeek's kernel does: float32 to float16 towards zero, then
+    Eight values fill three words. Rounded as DeepSeek's kernel does: float32 to float16 towards zero, then
     the last 4 bits by nearest even, with the bits that float16 lost. Of subnormal values it takes the same 17 bits of
     float32, though more are lost: their last bit is not the nearest.
 

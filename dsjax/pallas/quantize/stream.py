@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.hopper import NUM_SMS, interpreter
+from dsjax.pallas.choice import NUM_SMS
+from dsjax.pallas.hopper import interpreter
 
 STAGES = (3, 2)
 """Buffers of an input, of steps that read little and much."""

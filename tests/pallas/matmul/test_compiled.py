@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.pallas.hopper import SHARED_MEMORY
+from dsjax.pallas.choice import SHARED_MEMORY
 from dsjax.pallas.matmul.calls import for_tma
 from dsjax.pallas.matmul.config import Kind, candidates, registers_move
 from dsjax.pallas.matmul.tune import example

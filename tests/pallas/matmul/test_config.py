@@ -6,7 +6,7 @@ from typing import get_args
 import jax.numpy as jnp
 import pytest
 
-from dsjax.pallas.hopper import SHARED_MEMORY
+from dsjax.pallas.choice import SHARED_MEMORY
 from dsjax.pallas.matmul import config as configs
 from dsjax.pallas.matmul.config import Config, Kind, candidates, config_for
 from dsjax.pallas.matmul.tune import example, tune

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.pallas.hopper import SHARED_MEMORY
+from dsjax.pallas.choice import SHARED_MEMORY
 from dsjax.pallas.quantize import api
 from dsjax.planning.aot import can_compile_for_gpus, gpu_devices
 from dsjax.runtime import made_for
