@@ -12,6 +12,7 @@ import pytest
 
 from dsjax import bench
 from dsjax.benchmarks import kernels
+from dsjax.benchmarks.clock import Clock, Rival
 from dsjax.pallas.matmul import scaled
 from dsjax.pallas.matmul.tune import example
 from dsjax.runtime import made_for
@@ -109,7 +110,7 @@ def test_rivals_take_turns_and_may_fail():
     turns = []
 
     def rival(name):
-        return kernels.Rival(lambda: turns.append(name), [()])
+        return Rival(lambda: turns.append(name), [()])
 
     def unsupported():
         raise RuntimeError("not in this version")
@@ -123,9 +124,9 @@ def test_rivals_take_turns_and_may_fail():
 
 def test_calls_get_operands_in_turns_or_give_them_back():
     given = []
-    kernels.Rival(given.append, [(1,), (2,), (3,)]).run(4)
+    Rival(given.append, [(1,), (2,), (3,)]).run(4)
     assert given == [1, 2, 3, 1]
-    adding = kernels.Rival(lambda total, x: total + x, [(1,), (10,)], carried=0)
+    adding = Rival(lambda total, x: total + x, [(1,), (10,)], carried=0)
     adding.run(3)
     assert adding.carried == 12
 
@@ -133,7 +134,7 @@ def test_calls_get_operands_in_turns_or_give_them_back():
 def test_the_clock_adds_up_kernels_and_leaves_out_what_empties_the_cache():
     launched = []
     cupti = SimpleNamespace(_cupti_init=launched.clear, _cupti_get_timings=lambda finalize: list(launched))
-    clock = kernels.Clock(on_gpu=False)
+    clock = Clock(on_gpu=False)
     clock.cupti, clock.flushes = cupti, {"xor"}
     clock.flush = lambda: launched.append(("xor", 100.0))
 
@@ -179,7 +180,7 @@ def test_what_is_timed_on_a_gpu_lowers(group, monkeypatch):
         given = arrays if into is None else (nothing(into.shape, into.dtype), *arrays)
         text = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
         kinds.append(text.count("mosaic_gpu_v2"))
-        return kernels.Rival(lambda: None, [()])
+        return Rival(lambda: None, [()])
 
     idle = idle_bench()
     idle.impl, idle.sizes, idle.dry_run, idle.of_jax = "mosaic", kernels.Sizes(), False, lower

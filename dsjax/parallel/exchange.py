@@ -128,6 +128,5 @@ def exchange_in_rounds(
         return total.astype(y.dtype), active.sum(dtype=jnp.int32)
 
     with jax.named_scope("overflow"):
-        waiting = lax.stop_gradient(plan.waiting).astype(jnp.int32)  # XLA for GPUs cannot reduce predicates
-        overflows = checkpoint_name(lax.pmax(waiting, EXPERT_AXES), "plan") > 0
+        overflows = checkpoint_name(lax.pmax(lax.stop_gradient(plan.waiting), EXPERT_AXES), "plan")
         return lax.cond(overflows, jax.checkpoint(further_rounds), lambda y: (y, one), y)

@@ -10,7 +10,7 @@ from meshes import MTP_WEIGHT, ROOMY, TIGHT
 
 from dsjax.config import Config, MeshConfig, PipelineConfig
 from dsjax.model.layout import unstack
-from dsjax.pipeline import step
+from dsjax.pipeline import executor, step
 from dsjax.pipeline.program import Field, compile_program
 from dsjax.pipeline.stages import rows_of, stage_layout
 from dsjax.runtime import DEEPSEEK, Runtime
@@ -114,9 +114,15 @@ def test_overlapped_pairs_give_the_bits_of_pairs_run_one_after_the_other(run, mi
         return sum(len(program.opcodes[code]) > 1 for code in program.table[:, :, Field.OPCODE].flat)
 
     assert (pairs(overlapped), pairs(serial)) == (sum(len(a) > 1 for ops in schedule.lists for a in ops), 0)
+    in_turns = []
+    interleaved = executor.interleaved
+    monkeypatch.setattr(executor, "interleaved", lambda branch: in_turns.append(branch) or interleaved(branch))
     results = [found(config, micro_batches)]
+    assert in_turns
+    in_turns.clear()
     monkeypatch.setattr(step, "program_of", lambda *_: serial)
     results.append(found(config, micro_batches))
+    assert not in_turns
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
