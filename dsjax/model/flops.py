@@ -64,18 +64,24 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, *, mtp: 
     """
     c = config
     depth = c.num_nextn_predict_layers if mtp else 0
-    moe_layers = c.num_hidden_layers - c.first_k_dense_replace + depth
     layers = c.num_hidden_layers + depth
-    weights = (
-        layers * _attention_weights(c)
-        + c.first_k_dense_replace * 3 * c.hidden_size * c.intermediate_size
-        + moe_layers * _moe_weights(c, c.num_experts_per_tok)
-        + (1 + depth) * c.vocab_size * c.hidden_size
-        + depth * 2 * c.hidden_size**2
-    )
+    dense, moe, module, head = work_of_parts(c)
+    main_layers = c.num_hidden_layers - c.first_k_dense_replace
+    weights = c.first_k_dense_replace * dense + main_layers * moe + depth * module + head
     head = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
     attention = layers * c.num_attention_heads * head * (sequence_length + 1) / 2
     return 6.0 * (weights + attention)
+
+
+def work_of_parts(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Return the weights that a token multiplies in a dense layer, in an MoE layer, in an MTP module and in the head.
+
+    An MTP module is one with the head, which it uses once more.
+    """
+    c, attention, head = config, _attention_weights(config), config.vocab_size * config.hidden_size
+    dense = attention + 3 * c.hidden_size * c.intermediate_size
+    moe = attention + _moe_weights(c, c.num_experts_per_tok)
+    return dense, moe, moe + 2 * c.hidden_size**2 + head, head
 
 
 def _attention_weights(c: ModelConfig) -> int:

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.model.layers import linear
 
+PRODUCT_BYTES = 2**29
+"""Of the head's gradient for a chunk of tokens, how much is made at once before it is added to that of others."""
+
 
 def cross_entropy(
     hidden: Float[Array, "T D"],
@@ -52,7 +55,7 @@ def _cross_entropy_forward(hidden: Array, head: Array, targets: Array, weights: 
         d_logits = jnp.exp(logits - log_normalizer[:, None]) - _one_hot(part_targets, head.shape[0])
         d_logits = (d_logits * part_weights[:, None]).astype(head.dtype)
         d_hidden = d_logits @ head
-        d_head += jnp.einsum("tv,td->vd", d_logits, part_hidden, preferred_element_type=jnp.float32)
+        d_head = _add_product(d_head, d_logits, part_hidden)
         return (total + jnp.sum(part_weights * losses), d_head), (d_hidden, losses)
 
     start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
@@ -66,6 +69,26 @@ def _cross_entropy_backward(chunk: int, residuals: tuple[Array, Array, Array], d
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _add_product(d_head: Array, d_logits: Array, hidden: Array) -> Array:
+    """Return d_head + d_logits^T hidden, in blocks of rows where it is large: the product is never there as a whole."""
+    rows = next(r for r in _divisors(d_head.shape[0]) if r * d_head.shape[1] * 4 <= PRODUCT_BYTES)
+
+    def add(d_head: Array, first: Array | int) -> tuple[Array, None]:
+        part = jax.lax.dynamic_slice_in_dim(d_logits, first, rows, axis=1)
+        product = jnp.einsum("tv,td->vd", part, hidden, preferred_element_type=jnp.float32)
+        before = jax.lax.dynamic_slice_in_dim(d_head, first, rows)
+        return jax.lax.dynamic_update_slice_in_dim(d_head, before + product, first, axis=0), None
+
+    if rows == d_head.shape[0]:
+        return d_head + jnp.einsum("tv,td->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+    return jax.lax.scan(add, d_head, jnp.arange(0, d_head.shape[0], rows))[0]
+
+
+def _divisors(n: int) -> list[int]:
+    """Return the divisors of a number, the largest first."""
+    return [d for d in range(n, 0, -1) if n % d == 0]
 
 
 def _logits(hidden: Array, targets: Array, head: Array) -> tuple[Array, Array, Array]:

@@ -6,7 +6,7 @@ A schedule runs four pieces of a chunk at times of its own (zero bubble, arXiv 2
     y, aux, residuals = fwd(params, x, ctx)
     dx, dparams       = bwd(params, residuals, ctx, dy)             or, at two different times,
     dx, tape          = bwd_input(params, residuals, ctx, dy)
-    dparams           = bwd_weight(params, tape)
+    dparams           = bwd_weight(params, tape, ctx)
 
 All are slices of one list of equations: `jax.vjp` of the chunk is traced once, calls (jit, checkpoint, custom
 derivatives) are written out, and each piece keeps the equations that its results depend on. So a chunk is an ordinary
@@ -88,8 +88,8 @@ class SplitVJP:
     """`bwd(params, residuals, ctx, dy) -> dx, dparams`"""
     bwd_input: Callable[[PyTree, tuple[Array, ...], PyTree, PyTree], tuple[PyTree, tuple[Array, ...]]]
     """`bwd_input(params, residuals, ctx, dy) -> dx, tape`"""
-    bwd_weight: Callable[[PyTree, tuple[Array, ...]], PyTree]
-    """`bwd_weight(params, tape) -> dparams`"""
+    bwd_weight: Callable[[PyTree, tuple[Array, ...], PyTree], PyTree]
+    """`bwd_weight(params, tape, ctx) -> dparams`"""
     residual_avals: tuple[jax.ShapeDtypeStruct, ...]
     tape_avals: tuple[jax.ShapeDtypeStruct, ...]
     y_avals: PyTree[jax.ShapeDtypeStruct]
@@ -151,7 +151,7 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
     kept = reads(program.slice(results, available=[*before, *again, *dy_vars]), results)
     residual_vars = program.smallest((v for v in kept if v in before), given=again)
     products = program.only_weights(dx_out, dparams_out, available=[*again, *residual_vars, *dy_vars])
-    tape_vars = program.smallest(reads(products, dparams_out), given=param_vars, inputs=[*residual_vars, *dy_vars])
+    tape_vars = program.smallest(reads(products, dparams_out), given=again, inputs=[*residual_vars, *dy_vars])
 
     residuals, tape = (tuple(_aval(var.aval) for var in variables) for variables in (residual_vars, tape_vars))
     of_forward = {"params": params, "x": x, "ctx": ctx}
@@ -164,7 +164,11 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
         bwd=piece("bwd", of_backward, backward_in, results, (x, params)),
         bwd_input=piece("bwd_input", of_backward, backward_in, [*dx_out, *tape_vars], (x, tape)),
         bwd_weight=piece(
-            "bwd_weight", {"params": params, "tape": tape}, [*param_vars, *tape_vars], dparams_out, params
+            "bwd_weight",
+            {"params": params, "tape": tape, "ctx": ctx},
+            [*param_vars, *tape_vars, *ctx_vars],
+            dparams_out,
+            params,
         ),
         residual_avals=residuals,
         tape_avals=tape,

@@ -15,12 +15,11 @@ from dsjax.pipeline.executor import AXIS
 from dsjax.pipeline.stages import (
     FIRST,
     LAST,
-    StageContext,
+    PlaceContext,
     places_of,
     route_of,
-    run_stage,
+    run_place,
     stage_layout,
-    with_stand_ins,
 )
 from dsjax.runtime import Runtime
 
@@ -49,12 +48,9 @@ def losses_of_device(
     def rows(tree: PyTree, slot: int) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[slot * layout.places : (slot + 1) * layout.places], tree)
 
-    present = jnp.asarray([layout.present(stage) for stage in range(route.stages)])
-    weights = [
-        with_stand_ins(places_of(gather(rows(cast["moe"], slot), divided["moe"]), layout.places), present[stage[slot]])
-        for slot in slots
-    ]
-    weights, quantized = zip(*[apart(quantize_weights(w, runtime.recipe)) for w in weights], strict=True)
+    weights = [places_of(gather(rows(cast["moe"], slot), divided["moe"]), layout.places) for slot in slots]
+    weights = [[apart(quantize_weights(place, runtime.recipe)) for place in of_slot] for of_slot in weights]
+    place_biases = [places_of(rows(biases.get("moe", {}), slot), layout.places) for slot in slots]
     edges = {name: part for name, part in cast.items() if name != "moe"}
 
     def gathered(names: tuple[str, ...]) -> PyTree:
@@ -64,6 +60,16 @@ def losses_of_device(
     def ctx_of(sequence: Int[Array, ""]) -> Context:
         documents = None if segments is None else segments[sequence][None]
         return context(model, tokens.shape[1] - 1, segments=documents)
+
+    def run_layers_of(slot: int, x: Array, ctx: Context) -> Array:
+        for place, (params, quantized) in enumerate(weights[slot]):
+            place_ctx = PlaceContext(ctx, place_biases[slot][place], quantized)
+
+            def run(x: Array, params: PyTree = params, place_ctx: PlaceContext = place_ctx) -> Array:
+                return run_place(params, x, place_ctx, config=model, runtime=runtime)[0]
+
+            x = lax.cond(jnp.asarray(layout.counts)[stage[slot]] > place, run, lambda x: x, x)
+        return x
 
     def tick(carry: tuple, number: Int[Array, ""]) -> tuple[tuple, None]:
         arrived, totals = carry
@@ -79,8 +85,7 @@ def losses_of_device(
                 return dense_layers(own, own["embed"][window[:, :-1]], ctx, config=model, runtime=runtime)
 
             x = lax.cond(stage[slot] == 0, embed, lambda slot=slot: arrived[slot])
-            stage_ctx = StageContext(ctx, rows(biases.get("moe", {}), slot), present[stage[slot]], quantized[slot])
-            y, _ = run_stage(weights[slot], x, stage_ctx, config=model, runtime=runtime)
+            y = run_layers_of(slot, x, ctx)
 
             def finish(y=y, window=window, ctx=ctx) -> tuple[Array, Array]:
                 return predictions(gathered(LAST), biases, y, window, ctx, config=model, runtime=runtime)[:2]

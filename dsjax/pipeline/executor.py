@@ -1,20 +1,22 @@
 """Runs a pipeline program on the devices of a mesh, inside `shard_map`: the same code on every rank, told by a table.
 
-Per tick each rank reads its row of the table and branches on its opcode; all reads of buffers come first, then the
-ops, then all writes; last, what leaves for a neighbour is sent, and stored where the receiver's row says. In steady
-state all ranks have the same opcode, so that there is no branch, and XLA can run one op's all-to-alls under the other's
-products.
+Per tick each rank reads its row of the table and branches on its opcode, and on how many layers its stages have; all
+reads of buffers come first, then the ops, then all writes; last, what leaves for a neighbour is sent, and stored where
+the receiver's row says. In steady state all ranks have the same opcode: a branch is left only where stages differ in
+layers. XLA runs one op's all-to-alls under the other's products, inside of a branch too.
 
-Buffers hold activations (inputs of stages), gradients (of their outputs), residuals and tapes (see `pipeline.chunk`);
-their depths and who lies where are the program's (see `pipeline.program`), and do not grow with micro-batches.
+A stage is run layer by layer, and so is its backward pass: each layer is a chunk of its own. Buffers hold activations
+(inputs of stages), gradients (of their outputs), residuals and tapes (see `pipeline.chunk`); their depths and who lies
+where are the program's (see `pipeline.program`), and do not grow with micro-batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
@@ -30,9 +32,9 @@ class Model(NamedTuple):
     """What the executor runs; `micro_batch` is a number, an int32 scalar."""
 
     chunk: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
-    """The layers of a stage, `(weights, x, ctx) -> (y, aux)`."""
-    context: Callable[[int, Array], PyTree]
-    """`(slot, micro_batch) -> ctx`."""
+    """One place of a stage, `(weights, x, ctx) -> (y, aux)`: a layer."""
+    context: Callable[[int, int, Array], PyTree]
+    """`(slot, place, micro_batch) -> ctx`."""
     embed: Callable[[PyTree, Array], PyTree]
     """What the first stage begins with: `(edges, micro_batch) -> x`."""
     finish: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
@@ -50,12 +52,12 @@ class Model(NamedTuple):
 class Results(NamedTuple):
     """What one device has of a step."""
 
-    grads: tuple[PyTree, ...]
-    """Of the weights of each slot, float32, summed over micro-batches."""
+    grads: tuple[tuple[PyTree, ...], ...]
+    """Of the weights of each slot and place, float32, summed over micro-batches; zero in places that are empty."""
     edge_grads: PyTree
     """Of the edges as they are held, float32; zero but on ranks that have the first or the last stage."""
-    aux: tuple[PyTree, ...]
-    """What the chunks of each slot reported, summed over micro-batches."""
+    aux: tuple[tuple[PyTree, ...], ...]
+    """What the chunks of each slot and place reported, summed over micro-batches."""
     report: PyTree
     """What `finish` reported, summed over micro-batches."""
 
@@ -65,35 +67,54 @@ class Results(NamedTuple):
 class _State:
     activations: PyTree
     gradients: PyTree
-    residuals: tuple[Array, ...]
-    tapes: tuple[Array, ...]
+    residuals: tuple[tuple[Array, ...], ...]
+    """Of every place."""
+    tapes: tuple[tuple[Array, ...], ...]
+    """Of every place."""
     results: Results
 
 
-def run(program: Program, model: Model, weights: tuple[PyTree, ...], edges: PyTree, x: PyTree) -> Results:
-    """Run a program on this device.
-
-    Args:
-        weights: of the stage in each physical slot.
-        edges: what the first and the last stage use besides, as it is held.
-        x: shape of what passes from stage to stage, as `jax.ShapeDtypeStruct`.
-    """
-    return _Executor(program, model, weights, edges, x).run()
+Branch = tuple[tuple[tuple[Kind, int], ...], tuple[int, ...]]
+"""An opcode, and the layers of the stage in each physical slot."""
 
 
-class _Executor:
-    def __init__(self, program: Program, model: Model, weights: tuple[PyTree, ...], edges: PyTree, x: PyTree):
+class Executor:
+    """A program with what it runs, on one device; to be made and used inside `shard_map`."""
+
+    def __init__(
+        self,
+        program: Program,
+        model: Model,
+        weights: tuple[tuple[PyTree, ...], ...],
+        counts: Sequence[tuple[int, ...]],
+        edges: PyTree,
+        x: PyTree,
+        in_pairs: "Executor | None" = None,
+    ):
+        """Cut the chunk's backward pass, and look at shapes; nothing is computed.
+
+        Args:
+            weights: of the places in each physical slot, as many in all.
+            counts: of every rank, how many places of each physical slot hold a layer.
+            edges: what the first and the last stage use besides, as it is held.
+            x: shape of what passes from stage to stage, as `jax.ShapeDtypeStruct`.
+            in_pairs: what runs the pairs, where it is another model's, which keeps the same.
+        """
         self.program, self.model, self.weights, self.edges, self.x = program, model, weights, edges, x
+        self.counts = list(counts)
         self.row_of_rank = lax.axis_index(AXIS)
         none = jnp.zeros((), jnp.int32)
-        self.pieces: SplitVJP = split_vjp(model.chunk, weights[0], x, model.context(0, none))
+        self.pieces: SplitVJP = split_vjp(model.chunk, weights[0][0], x, model.context(0, 0, none))
+        self.in_pairs = in_pairs or self
+        assert self.in_pairs.pieces.residual_avals == self.pieces.residual_avals
         self.report = jax.eval_shape(
             lambda edges, y: model.finish(model.gather(edges), y, none)[1], self._edges(model.last), x
         )
 
     def run(self) -> Results:
+        """Return what the device has of a step."""
         table = jnp.asarray(self.program.table)
-        state = self._empty(self._no_results())
+        state = self.empty(self._no_results())
         for segment in self.program.segments:
             state = self._segment(state, segment, table)
         return state.results
@@ -103,14 +124,15 @@ class _Executor:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), like)
 
         return Results(
-            grads=tuple(zeros(slot, jnp.float32) for slot in self.weights),
+            grads=zeros(self.weights, jnp.float32),
             edge_grads=zeros(self.edges, jnp.float32),
-            aux=tuple(zeros(self.pieces.aux_avals) for _ in self.weights),
+            aux=tuple(tuple(zeros(self.pieces.aux_avals) for _ in slot) for slot in self.weights),
             report=zeros(self.report),
         )
 
-    def _empty(self, results: Results) -> _State:
+    def empty(self, results: Results | None = None) -> _State:
         """Return a state whose buffers hold nothing."""
+        results = results or self._no_results()
         pools, pieces = self.program.pools, self.pieces
 
         def buffer(depth: int, like: PyTree) -> PyTree:
@@ -119,23 +141,24 @@ class _Executor:
         return _State(
             activations=buffer(pools.activations + 1, self.x),
             gradients=buffer(pools.gradients + 1, self.x),
-            residuals=buffer(pools.residuals, pieces.residual_avals),
-            tapes=buffer(pools.tapes, pieces.tape_avals) if pools.tapes else (),
+            residuals=tuple(buffer(pools.residuals, pieces.residual_avals) for _ in self.weights[0]),
+            tapes=tuple(buffer(pools.tapes, pieces.tape_avals) for _ in self.weights[0]) if pools.tapes else (),
             results=results,
         )
 
     def _segment(self, state: _State, segment: Segment, table: Int[Array, "ticks ranks fields"]) -> _State:
         period = len(segment.phases)
+        phases = [(phase, *self.branches(segment, number)) for number, phase in enumerate(segment.phases)]
 
         def body(state: _State, rows: Int[Array, "period ranks fields"]) -> tuple[_State, None]:
-            for phase, row in zip(segment.phases, rows, strict=True):
+            for (phase, branches, number_of), row in zip(phases, rows, strict=True):
                 row = row[self.row_of_rank]
-                branches = [self._branch(self.program.opcodes[code]) for code in phase.opcodes]
-                if len(branches) == 1:
-                    state, sent = branches[0](state, row)
+                functions = [self.branch(*branch) for branch in branches]
+                if len(functions) == 1:
+                    state, sent = functions[0](state, row)
                 else:
-                    which = jnp.searchsorted(jnp.asarray(phase.opcodes), row[Field.OPCODE])
-                    state, sent = lax.switch(which, branches, state, row)
+                    which = jnp.asarray(number_of)[row[Field.OPCODE], self.row_of_rank]
+                    state, sent = lax.switch(which, functions, state, row)
                 for transfer in phase.transfers:
                     arrived = jax.tree.map(
                         lambda leaf, transfer=transfer: lax.ppermute(leaf, AXIS, transfer.pairs), sent[transfer.payload]
@@ -154,26 +177,44 @@ class _Executor:
             return lax.scan(body, state, rows)[0]
         # With one rank every F is followed by its B, and nothing else outlives a turn of the loop.
         results, _ = lax.scan(
-            lambda results, rows: (body(self._empty(results), rows)[0].results, None), state.results, rows
+            lambda results, rows: (body(self.empty(results), rows)[0].results, None), state.results, rows
         )
-        return self._empty(results)
+        return self.empty(results)
 
-    def _branch(self, opcode: tuple[tuple[Kind, int], ...]) -> Callable:
+    def branches(self, segment: Segment, phase: int) -> tuple[list[Branch], Int[np.ndarray, "opcodes ranks"]]:
+        """Return what ranks do in a phase of a segment, and the number of it by opcode and rank."""
+        opcodes = self.program.table[segment.start + phase : segment.stop : len(segment.phases), :, Field.OPCODE]
+        branches: list[Branch] = []
+        number_of = np.zeros((len(self.program.opcodes), self.program.schedule.ranks), np.int32)
+        for rank, codes in enumerate(opcodes.T):
+            for code in dict.fromkeys(codes.tolist()):
+                opcode = self.program.opcodes[code]
+                used = {slot for _, slot in opcode}
+                counts = (count if slot in used else 0 for slot, count in enumerate(self.counts[rank]))
+                branch = opcode, tuple(counts)
+                if branch not in branches:
+                    branches.append(branch)
+                number_of[code, rank] = branches.index(branch)
+        return branches, number_of
+
+    def branch(self, opcode: tuple[tuple[Kind, int], ...], counts: tuple[int, ...]) -> Callable:
         """Return what a rank does in a tick: `(state, row) -> (state, {"activation": y, "gradient": dx})`."""
+        is_pair = {Kind.F, Kind.B} <= {kind.role for kind, _ in opcode}
+        runs = self.in_pairs if is_pair else self
 
         def branch(state: _State, row: Int[Array, " fields"]) -> tuple[_State, dict[str, PyTree]]:
             read: dict[Kind, Any] = {}
-            for kind, _ in opcode:
+            for kind, slot in opcode:
                 match kind:
                     case Kind.F:
                         read[kind] = _at(state.activations, row[Field.F_INPUT])
                     case Kind.B | Kind.I:
                         read[kind] = (
-                            _at(state.residuals, row[Field.B_RESIDUAL]),
+                            _at(state.residuals[: counts[slot]], row[Field.B_RESIDUAL]),
                             _at(state.gradients, row[Field.B_INPUT]),
                         )
                     case Kind.W:
-                        read[kind] = _at(state.tapes, row[Field.W_TAPE])
+                        read[kind] = _at(state.tapes[: counts[slot]], row[Field.W_TAPE])
             # Reads come before writes: otherwise XLA copies whole buffers to have both.
             if self.program.schedule.ranks > 1:
                 read, state = _barrier(read, state)
@@ -183,16 +224,16 @@ class _Executor:
                 match kind:
                     case Kind.F:
                         with jax.named_scope("F"):
-                            state, sent["activation"] = self._forward(state, row, slot, read[kind])
+                            state, sent["activation"] = runs._forward(state, row, slot, counts[slot], read[kind])
                     case Kind.B | Kind.I:
                         with jax.named_scope(str(kind)):
-                            state, sent["gradient"] = self._backward(state, row, slot, kind, *read[kind])
+                            state, sent["gradient"] = runs._backward(state, row, slot, kind, *read[kind])
                     case Kind.W:
                         with jax.named_scope("W"):
-                            state = _add_grads(state, slot, self.pieces.bwd_weight(self.weights[slot], read[kind]))
+                            state = runs._weights(state, row, slot, read[kind])
             return state, sent
 
-        return interleaved(branch) if {Kind.F, Kind.B} <= {kind.role for kind, _ in opcode} else branch
+        return interleaved(branch) if is_pair else branch
 
     def _has(self, stage: int, slot: int) -> bool:
         """Return whether any rank has a stage in a slot."""
@@ -202,7 +243,9 @@ class _Executor:
     def _last_stage(self) -> int:
         return max(map(max, self.program.stages))
 
-    def _forward(self, state: _State, row: Int[Array, " fields"], slot: int, x: PyTree) -> tuple[_State, PyTree]:
+    def _forward(
+        self, state: _State, row: Int[Array, " fields"], slot: int, count: int, x: PyTree
+    ) -> tuple[_State, PyTree]:
         model, micro_batch = self.model, row[Field.F_MICRO_BATCH]
         if self._has(0, slot):
 
@@ -210,16 +253,17 @@ class _Executor:
                 return model.embed(model.gather(self._edges(model.first)), micro_batch)
 
             x = self._only_if(row[Field.F_FIRST], embed, lambda: x)
-        y, aux, residuals = self.pieces.fwd(self.weights[slot], x, model.context(slot, micro_batch))
-        results = state.results
-        all_aux = tuple(
-            jax.tree.map(jnp.add, before, aux) if at == slot else before for at, before in enumerate(results.aux)
-        )
-        state = replace(
-            state,
-            residuals=_put(state.residuals, residuals, row[Field.F_RESIDUAL]),
-            results=results._replace(aux=all_aux),
-        )
+        y = x
+        for place in range(count):
+            ctx = model.context(slot, place, micro_batch)
+            y, aux, residuals = self.pieces.fwd(self.weights[slot][place], y, ctx)
+            results = state.results
+            total = jax.tree.map(jnp.add, results.aux[slot][place], aux)
+            state = replace(
+                state,
+                residuals=_with(state.residuals, place, _put(state.residuals[place], residuals, row[Field.F_RESIDUAL])),
+                results=results._replace(aux=_with(results.aux, slot, _with(results.aux[slot], place, total))),
+            )
         if self.program.schedule.route.kind == "vee":
             state = replace(state, activations=_put(state.activations, y, row[Field.F_TURN]))
         if self._has(self._last_stage, slot):
@@ -246,16 +290,19 @@ class _Executor:
         )
 
     def _backward(
-        self, state: _State, row: Int[Array, " fields"], slot: int, kind: Kind, residuals: PyTree, dy: PyTree
+        self, state: _State, row: Int[Array, " fields"], slot: int, kind: Kind, residuals: tuple, dy: PyTree
     ) -> tuple[_State, PyTree]:
-        model, micro_batch = self.model, row[Field.B_MICRO_BATCH]
-        ctx = model.context(slot, micro_batch)
-        if kind is Kind.B:
-            dx, grads = self.pieces.bwd(self.weights[slot], residuals, ctx, dy)
-            state = _add_grads(state, slot, grads)
-        else:
-            dx, tape = self.pieces.bwd_input(self.weights[slot], residuals, ctx, dy)
-            state = replace(state, tapes=_put(state.tapes, tape, row[Field.B_TAPE]))
+        model, micro_batch, dx = self.model, row[Field.B_MICRO_BATCH], dy
+        for place in reversed(range(len(residuals))):
+            arguments = self.weights[slot][place], residuals[place], model.context(slot, place, micro_batch), dx
+            if kind is Kind.B:
+                dx, grads = self.pieces.bwd(*arguments)
+                state = _add_grads(state, slot, place, grads)
+            else:
+                dx, tape = self.pieces.bwd_input(*arguments)
+                state = replace(
+                    state, tapes=_with(state.tapes, place, _put(state.tapes[place], tape, row[Field.B_TAPE]))
+                )
         if self._has(0, slot):
             results = state.results
 
@@ -270,6 +317,12 @@ class _Executor:
             state = replace(state, gradients=_put(state.gradients, dx, row[Field.B_TURN]))
         return state, dx
 
+    def _weights(self, state: _State, row: Int[Array, " fields"], slot: int, tapes: tuple) -> _State:
+        for place, tape in enumerate(tapes):
+            ctx = self.model.context(slot, place, row[Field.W_MICRO_BATCH])
+            state = _add_grads(state, slot, place, self.pieces.bwd_weight(self.weights[slot][place], tape, ctx))
+        return state
+
     def _edges(self, names: tuple[str, ...]) -> PyTree:
         return {name: self.edges[name] for name in names}
 
@@ -283,10 +336,15 @@ class _Executor:
         return then() if self.program.schedule.ranks == 1 else lax.cond(flag > 0, then, otherwise)
 
 
-def _add_grads(state: _State, slot: int, grads: PyTree) -> _State:
+def _add_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
     results = state.results
-    total = jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), results.grads[slot], grads)
-    return replace(state, results=results._replace(grads=(*results.grads[:slot], total, *results.grads[slot + 1 :])))
+    total = jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), results.grads[slot][place], grads)
+    all_grads = _with(results.grads, slot, _with(results.grads[slot], place, total))
+    return replace(state, results=results._replace(grads=all_grads))
+
+
+def _with[T](values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
+    return (*values[:at], value, *values[at + 1 :])
 
 
 def _float32(tree: PyTree) -> PyTree:

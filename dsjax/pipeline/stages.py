@@ -1,22 +1,20 @@
 """The model cut into the stages of a pipeline: which layers are where, and what the first and last stage do besides.
 
 A stage is some of the MoE layers. All stages have arrays of one shape, because one program runs on all ranks, so each
-has as many places for layers as the largest needs; the largest are in the middle, because the first stage also embeds
-and has the dense layers, and the last also has the MTP modules, the head and the losses. DeepSeek-V3's 58 MoE layers on
-16 stages are 3 at either end and 4 in the middle: stages 3 to 12. A place without a layer computes with the weights of
-the place before it, so that its routing is like any other's, and its result is not used: no rank could go on earlier,
-since the ranks keep step.
+has as many places for layers as the largest needs; a rank runs those that hold a layer. Few are in the first stage,
+which also embeds and has the dense layers, and in the last, which also has the MTP modules, the head and the losses.
+DeepSeek-V3's 58 MoE layers on 16 stages are one at either end and 4 in each of the others.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from dsjax.config import Config, ModelConfig
 from dsjax.model.block import block_function
 from dsjax.model.context import Context
+from dsjax.model.flops import work_of_parts
 from dsjax.model.layout import Rows
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import bias_of, moe_layers
@@ -70,13 +68,11 @@ class StageLayout:
         first = sum(self.counts[:stage])
         return range(first, first + self.counts[stage])
 
-    def present(self, stage: int) -> list[bool]:
-        """Return which places of a stage have a layer."""
-        return [place < self.counts[stage] for place in range(self.places)]
-
 
 def stage_layout(model: ModelConfig, stages: int) -> StageLayout:
-    """Divide a model's MoE layers into stages as evenly as can be, the larger ones in the middle.
+    """Divide a model's MoE layers into stages of no more places than need be, so that their work is even.
+
+    The places that stay empty are those of the stages with most work, counted by the weights that a token multiplies.
 
     Raises:
         ValueError: there are fewer layers than stages.
@@ -87,10 +83,19 @@ def stage_layout(model: ModelConfig, stages: int) -> StageLayout:
             f"mesh.pipe: {stages} stages of a model with {layers} MoE layers: every stage needs one, so at most "
             f"{layers} stages; DualPipeV has two for each rank"
         )
-    least, more = divmod(layers, stages)
-    from_middle = sorted(range(stages), key=lambda stage: (-min(stage, stages - 1 - stage), stage))
-    larger = set(from_middle[:more])
-    return StageLayout(tuple(least + (stage in larger) for stage in range(stages)))
+    dense, layer, mtp, head = work_of_parts(model)
+    ends = [0.0] * stages
+    ends[0] += model.first_k_dense_replace * dense
+    ends[-1] += model.num_nextn_predict_layers * mtp + head
+    counts = [-(-layers // stages)] * stages
+    for _ in range(sum(counts) - layers):
+        # Among equals the outermost.
+        busiest = max(
+            (stage for stage in range(stages) if counts[stage] > 1),
+            key=lambda stage: (ends[stage] + counts[stage] * layer, abs(2 * stage - stages + 1)),
+        )
+        counts[busiest] -= 1
+    return StageLayout(tuple(counts))
 
 
 def route_of(config: Config) -> Route:
@@ -116,50 +121,30 @@ def rows_of(config: Config) -> Rows | None:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StageContext:
-    """What the layers of a stage read and no gradient flows into."""
+class PlaceContext:
+    """What a place reads and no gradient flows into; for `run_layers`, of all layers, stacked."""
 
     context: Context
     biases: PyTree
-    """Router biases of the places, [places, E]; empty where the model has none."""
-    present: Bool[Array, " places"]
-    """Which places have a layer."""
+    """Router biases, [E]; empty where the model has none."""
     quantized: PyTree
     """Of the weights, see `numerics.weights.apart`."""
 
 
-def run_stage(
-    places: tuple[PyTree, ...],
-    x: Float[Array, "B S D"],
-    ctx: StageContext,
-    *,
-    config: ModelConfig,
-    runtime: Runtime,
+def run_place(
+    params: PyTree, x: Float[Array, "B S D"], ctx: PlaceContext, *, config: ModelConfig, runtime: Runtime
 ) -> tuple[Float[Array, "B S D"], MoEAux]:
-    """Run the layers of a stage one by one: a chunk, see `pipeline.chunk`.
+    """Run the layer of a place: a chunk, see `pipeline.chunk`.
 
     Args:
-        places: parameters of each place, in the compute format; masters of those that are quantized.
+        params: in the compute format; masters of those that are quantized.
     """
-    places = together(places, ctx.quantized)
     block = block_function(config, runtime)
-    all_aux = []
-    for place, params in enumerate(places):
-        bias = bias_of(jax.tree.map(lambda leaf, place=place: leaf[place], ctx.biases))
-        balance_weight = jnp.where(ctx.present[place], ctx.context.balance_weight, 0.0)
-        y, aux = block(params, x, replace(ctx.context, balance_weight=balance_weight).for_layer(bias))
-        x = jnp.where(ctx.present[place], y, x)
-        all_aux.append(jax.tree.map(lambda leaf, place=place: jnp.where(ctx.present[place], leaf, 0), aux))
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_aux)
+    return block(together(params, ctx.quantized), x, ctx.context.for_layer(bias_of(ctx.biases)))
 
 
 def run_layers(
-    layers: PyTree,
-    x: Float[Array, "B S D"],
-    ctx: StageContext,
-    *,
-    config: ModelConfig,
-    runtime: Runtime,
+    layers: PyTree, x: Float[Array, "B S D"], ctx: PlaceContext, *, config: ModelConfig, runtime: Runtime
 ) -> tuple[Float[Array, "B S D"], MoEAux | None]:
     """Run stacked layers in a loop: the chunk of a single stage, whose backward pass is never cut."""
     params = {"moe": together(layers, ctx.quantized)} if layers else {}  # a model may have dense layers only
@@ -167,17 +152,5 @@ def run_layers(
 
 
 def places_of(stage: PyTree, count: int) -> tuple[PyTree, ...]:
-    """Return the parameters of each place from stacked ones."""
+    """Return the parameters, or biases, of each place from stacked ones."""
     return tuple(jax.tree.map(lambda leaf, place=place: leaf[place], stage) for place in range(count))
-
-
-def with_stand_ins(places: tuple[PyTree, ...], present: Bool[Array, " places"]) -> tuple[PyTree, ...]:
-    """Give places without a layer the weights of the place before them."""
-    filled = [places[0]]
-    for place in range(1, len(places)):
-        filled.append(
-            jax.tree.map(
-                lambda own, before, place=place: jnp.where(present[place], own, before), places[place], filled[-1]
-            )
-        )
-    return tuple(filled)

@@ -6,6 +6,7 @@ stages the other way round, so that in steady state all ranks do the same (see `
 """
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -18,21 +19,20 @@ from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import dense_layers, predictions
-from dsjax.numerics.weights import apart, quantize_weights, together
+from dsjax.numerics.instruments import Counts
+from dsjax.numerics.weights import apart, counts_of_weights, quantize_weights, together, with_recipe
 from dsjax.parallel.sharding import gather, reduce_scatter
-from dsjax.pipeline import executor
-from dsjax.pipeline.executor import AXIS
+from dsjax.pipeline.executor import AXIS, Executor, Model
 from dsjax.pipeline.program import Program, compile_program
 from dsjax.pipeline.stages import (
     FIRST,
     LAST,
-    StageContext,
+    PlaceContext,
     places_of,
     run_layers,
-    run_stage,
+    run_place,
     schedule_of,
     stage_layout,
-    with_stand_ins,
 )
 from dsjax.runtime import Runtime
 
@@ -45,12 +45,18 @@ class DeviceLosses(NamedTuple):
     layers: MoEAux | None
     """Of the rank's rows of MoE layers."""
     mtp_modules: MoEAux | None
+    fp8: dict[str, Counts]
+    """What FP8 did to the weights that are quantized once; of the step, not of a micro-batch."""
 
 
 @functools.lru_cache(maxsize=16)
 def program_of(config: Config, micro_batches: int) -> Program:
     """Return the program of a step of so many micro-batches."""
-    return compile_program(schedule_of(config, micro_batches))
+    schedule = schedule_of(config, micro_batches)
+    if config.pipeline.overlap:
+        return compile_program(schedule)
+    one_by_one = tuple(tuple((op,) for action in actions for op in action) for actions in schedule.lists)
+    return compile_program(replace(schedule, lists=one_by_one), bundled=False)
 
 
 def loss_and_grads_of_device(
@@ -74,6 +80,39 @@ def loss_and_grads_of_device(
         biases: router biases; those of MoE layers are the rank's rows.
         segments: documents of the tokens, where attention stops at their borders.
     """
+    executor, slots, fp8 = executor_of_device(
+        config, runtime, divided, parts, biases, micro_batches, segments, mtp_weight
+    )
+    results = executor.run()
+    if config.mesh.pipe == 1:
+        ((stacked,),), ((aux,),) = results.grads, results.aux
+        grads, stacked, aux = _reduced(results.edge_grads, divided), [stacked], [aux]
+    else:
+        stacked, aux = (
+            [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in of_slots]
+            for of_slots in (results.grads, results.aux)
+        )
+        grads = lax.psum(results.edge_grads, AXIS)
+    if "moe" in divided:
+        grads["moe"] = slots.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
+    main, mtp, mtp_modules = results.report
+    return DeviceLosses(main, mtp, slots.close(aux), mtp_modules, fp8), grads
+
+
+def executor_of_device(
+    config: Config,
+    runtime: Runtime,
+    divided: PyTree,
+    parts: PyTree,
+    biases: PyTree,
+    micro_batches: Int[Array, "A b S1"],
+    segments: Int[Array, "A b S"] | None,
+    mtp_weight: Float[Array, ""],
+) -> tuple[Executor, "_Slots", dict[str, Counts]]:
+    """Return what runs a step on one device, weights gathered and quantized, and what that did to them.
+
+    For arguments see above.
+    """
     model, ranks = config.model, config.mesh.pipe
     sequences, length = micro_batches.shape[1], micro_batches.shape[2] - 1
     program = program_of(config, micro_batches.shape[0])
@@ -86,72 +125,70 @@ def loss_and_grads_of_device(
     def gathered(held: PyTree) -> PyTree:
         return gather(held, {name: divided[name] for name in held})
 
-    def reduced(grads: PyTree) -> PyTree:
-        return reduce_scatter(grads, {name: divided[name] for name in grads})
-
-    present = jnp.asarray([[layout.present(stage) for stage in stages] for stages in program.stages], bool)
-    present = present[lax.axis_index(AXIS)]
     stages = [gather(slot, divided.get("moe", {})) for slot in slots.open(cast.get("moe", {}))]
     slot_biases = slots.open(biases.get("moe", {}))
     if ranks == 1:
-        run, weights, edges = run_layers, tuple(stages), gathered(edges)
+        run, counts, edges = run_layers, [(1,)], gathered(edges)
+        weights, place_biases = (tuple((stage,) for stage in trees) for trees in (stages, slot_biases))
     else:
-        run = run_stage
-        weights = tuple(
-            with_stand_ins(places_of(stage, layout.places), present[slot]) for slot, stage in enumerate(stages)
+        run, counts = run_place, [tuple(layout.counts[stage] for stage in own) for own in program.stages]
+        weights, place_biases = (
+            tuple(places_of(stage, layout.places) for stage in trees) for trees in (stages, slot_biases)
         )
 
     # Quantized once per step, but at the ends of a pipeline, whose weights are gathered where they are used.
-    weights, quantized = zip(*[apart(quantize_weights(w, runtime.recipe)) for w in weights], strict=True)
+    weights = [[quantize_weights(place, runtime.recipe) for place in slot] for slot in weights]
     if ranks == 1:
-        edges, quantized_edges = apart(quantize_weights(edges, runtime.recipe))
-
-    def ready(edges: PyTree) -> PyTree:
-        if ranks > 1:
-            return quantize_weights(edges, runtime.recipe)
-        return together(edges, {name: quantized_edges[name] for name in edges})
+        edges = quantize_weights(edges, runtime.recipe)
+    fp8 = counts_of_weights(weights, edges)
+    pairs = [[apart(place) for place in slot] for slot in weights]
+    weights, quantized = (tuple(tuple(pair[part] for pair in slot) for slot in pairs) for part in (0, 1))
+    if ranks == 1:
+        edges, quantized_edges = apart(edges)
 
     def ctx_of(micro_batch: Int[Array, ""]) -> Context:
         documents = None if segments is None else segments[micro_batch]
         return context(model, length, segments=documents, balance_weight=config.train.balance_weight)
 
-    def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
-        x = edges["embed"][micro_batches[micro_batch, :, :-1]]
-        return dense_layers(ready(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
+    def model_with(runtime: Runtime) -> Model:
+        def ready(edges: PyTree) -> PyTree:
+            if ranks > 1:
+                return quantize_weights(edges, runtime.recipe)
+            return together(edges, {name: quantized_edges[name] for name in edges})
 
-    def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
-        tokens, ctx = micro_batches[micro_batch], ctx_of(micro_batch)
-        main, mtp, aux = predictions(ready(edges), biases, y, tokens, ctx, config=model, runtime=runtime)
-        return main + mtp_weight * mtp, (main, mtp, aux)
+        def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
+            x = edges["embed"][micro_batches[micro_batch, :, :-1]]
+            return dense_layers(ready(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
 
-    results = executor.run(
-        program,
-        executor.Model(
+        def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
+            tokens, ctx = micro_batches[micro_batch], ctx_of(micro_batch)
+            main, mtp, aux = predictions(ready(edges), biases, y, tokens, ctx, config=model, runtime=runtime)
+            return main + mtp_weight * mtp, (main, mtp, aux)
+
+        return Model(
             chunk=functools.partial(run, config=model, runtime=runtime),
-            context=lambda slot, micro_batch: StageContext(
-                ctx_of(micro_batch), slot_biases[slot], present[slot], quantized[slot]
+            context=lambda slot, place, micro_batch: PlaceContext(
+                ctx_of(micro_batch), place_biases[slot][place], with_recipe(quantized[slot][place], runtime.recipe)
             ),
             embed=embed,
             finish=finish,
             # A single rank uses its edges all the time, and has gathered them for the whole step.
             gather=gathered if ranks > 1 else lambda edges: edges,
-            reduce=reduced if ranks > 1 else lambda grads: grads,
+            reduce=functools.partial(_reduced, divided=divided) if ranks > 1 else lambda grads: grads,
             first=tuple(name for name in FIRST if name in edges),
             last=tuple(name for name in LAST if name in edges),
-        ),
-        weights,
-        edges,
-        jax.ShapeDtypeStruct((sequences, length, model.hidden_size), runtime.compute_dtype),
-    )
-    if ranks == 1:
-        stacked, grads = results.grads, reduced(results.edge_grads)
-    else:
-        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in results.grads]
-        grads = lax.psum(results.edge_grads, AXIS)
-    if "moe" in divided:
-        grads["moe"] = slots.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
-    main, mtp, mtp_modules = results.report
-    return DeviceLosses(main, mtp, slots.close(list(results.aux)), mtp_modules), grads
+        )
+
+    def executor_with(runtime: Runtime, in_pairs: Executor | None = None) -> Executor:
+        x = jax.ShapeDtypeStruct((sequences, length, model.hidden_size), runtime.compute_dtype)
+        return Executor(program, model_with(runtime), weights, counts, edges, x, in_pairs)
+
+    sms = config.kernels.communication_sms
+    return executor_with(runtime, executor_with(runtime.leaving(sms)) if sms else None), slots, fp8
+
+
+def _reduced(grads: PyTree, divided: PyTree) -> PyTree:
+    return reduce_scatter(grads, {name: divided[name] for name in grads})
 
 
 class _Slots:

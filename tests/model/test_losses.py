@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from dsjax.model import losses
 from dsjax.model.losses import cross_entropy
 
 T, D, V = 22, 8, 50
@@ -24,9 +25,13 @@ def plain(hidden, head, targets, weights):
     return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 11, 16, 22, 1000])
-def test_chunks_equal_the_plain_loss(chunk):
-    """Loss and gradients of hidden states, head and weights, whether the chunks divide the tokens or not."""
+@pytest.mark.parametrize("chunk, rows", [(1, V), (5, 10), (11, V), (16, 1), (22, 25), (1000, V)])
+def test_chunks_equal_the_plain_loss(chunk, rows, monkeypatch):
+    """Loss and gradients of hidden states, head and weights, whether the chunks divide the tokens or not.
+
+    The gradient of the head is made by so many rows at a time.
+    """
+    monkeypatch.setattr(losses, "PRODUCT_BYTES", rows * D * 4)
     hidden, head, targets, weights = problem()
 
     def chunked(hidden, head, weights):

@@ -40,7 +40,7 @@ def by_pieces(split, params, x, ctx, dy):
     y, aux, residuals = split.fwd(params, x, ctx)
     whole = split.bwd(params, residuals, ctx, dy)
     dx, tape = split.bwd_input(params, residuals, ctx, dy)
-    return y, aux, whole, (dx, split.bwd_weight(params, tape))
+    return y, aux, whole, (dx, split.bwd_weight(params, tape, ctx))
 
 
 def by_jax(chunk, params, x, ctx, dy):
@@ -52,7 +52,7 @@ def by_jax(chunk, params, x, ctx, dy):
 def work(split, params, x, ctx, dy):
     """How often each primitive occurs in each piece; inside of `cond`, under "overflow:" and its name."""
     backward = (params, split.residual_avals, ctx, dy)
-    arguments = dict(zip(PIECES, ((params, x, ctx), backward, backward, (params, split.tape_avals)), strict=True))
+    arguments = dict(zip(PIECES, ((params, x, ctx), backward, backward, (params, split.tape_avals, ctx)), strict=True))
 
     def count(jaxpr, prefix, counts):
         for eqn in jaxpr.eqns:
@@ -204,7 +204,7 @@ def test_pieces_run_in_branches_of_a_loop():
         branches = [
             lambda: (split.fwd(params, xs[i], 2.0)[2], tape, dparams),
             lambda: (residuals, split.bwd_input(params, residuals, 2.0, xs[i])[1], dparams),
-            lambda: (residuals, tape, dparams + split.bwd_weight(params, tape)),
+            lambda: (residuals, tape, dparams + split.bwd_weight(params, tape, 2.0)),
         ]
         return lax.switch(op, branches), None
 
@@ -462,7 +462,7 @@ def test_chunks_that_cannot_be_split(chunk, arguments, message):
         ("fwd", GOOD[:2], "fwd takes params, x, ctx, not 2 arguments"),
         ("bwd", (GOOD[0], (), GOOD[2], GOOD[1]), "residuals should be PyTreeDef"),
         ("bwd_input", (GOOD[0], (GOOD[1],), GOOD[2], (GOOD[1],)), "dy should be PyTreeDef"),
-        ("bwd_weight", (GOOD[0], (GOOD[1],)), "tape should be PyTreeDef"),
+        ("bwd_weight", (GOOD[0], (GOOD[1],), GOOD[2]), "tape should be PyTreeDef"),
     ],
 )
 def test_arguments_that_do_not_fit(piece, arguments, message):

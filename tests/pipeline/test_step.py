@@ -14,6 +14,7 @@ from dsjax.pipeline import executor, step
 from dsjax.pipeline.program import Field, compile_program
 from dsjax.pipeline.stages import rows_of, stage_layout
 from dsjax.runtime import DEEPSEEK, Runtime
+from dsjax.settings import load_model_config
 from dsjax.training.state import from_canonical, initial_state, to_canonical
 from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step
 
@@ -208,16 +209,19 @@ def test_steps_evaluation_and_the_state_on_another_mesh(run, micro_batches):
 
 
 @pytest.mark.parametrize(
-    ("layers", "stages", "counts"),
+    ("model", "layers", "stages", "counts"),
     [
-        (58, 16, (3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 3, 3)),
-        (7, 4, (2, 2, 2, 1)),
-        (8, 4, (2, 2, 2, 2)),
-        (5, 1, (5,)),
+        ("v3_671b", 58, 16, (1, *[4] * 14, 1)),
+        ("v3_671b", 58, 32, (1, 1, 1, *[2] * 26, 1, 1, 1)),
+        ("tiny", 7, 4, (2, 2, 2, 1)),
+        ("tiny", 8, 4, (2, 2, 2, 2)),
+        ("tiny", 5, 1, (5,)),
     ],
 )
-def test_layers_are_divided_evenly_and_the_middle_has_more(run, layers, stages, counts):
-    model = replace(run.model, num_hidden_layers=layers + 1)
+def test_stages_have_even_work(model, layers, stages, counts):
+    """The ends of DeepSeek-V3 have 3 dense layers, and an MTP module and twice the head: as much as 3 layers each."""
+    model = load_model_config(model)
+    model = replace(model, num_hidden_layers=layers + model.first_k_dense_replace)
     layout = stage_layout(model, stages)
     assert layout.counts == counts
     assert [layer for stage in range(stages) for layer in layout.layers(stage)] == list(range(layers))
