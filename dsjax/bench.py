@@ -1,5 +1,6 @@
 """Measure, and print JSON: `python -m dsjax.bench train configs/tiny.toml` what a training step takes, `python -m
-dsjax.bench kernels` what the kernels of a Hopper GPU do."""
+dsjax.bench overlap configs/tiny_dualpipe.toml` what overlapping a pipeline's pairs is worth, `python -m dsjax.bench
+kernels` what the kernels of a Hopper GPU do."""
 
 import json
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from dsjax.benchmarks import overlap
 from dsjax.host_memory import keep_freed_memory
 from dsjax.parallel.hosts import simulate_devices
 from dsjax.settings import load_run, load_subcommand, one_line_errors
@@ -49,13 +51,14 @@ class Kernels:
             raise ValueError(f"budget = {self.budget}: must be at least 0")
 
 
-COMMANDS = {"train": Train, "kernels": Kernels}
+COMMANDS = {"train": Train, "overlap": overlap.Overlap, "kernels": Kernels}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     with one_line_errors():
-        return _train(argv[1:]) if list(argv[:1]) == ["train"] else _kernels(argv)
+        runs = {"train": _train, "overlap": _overlap}
+        return runs[argv[0]](argv[1:]) if argv and argv[0] in runs else _kernels(argv)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -66,6 +69,14 @@ def _train(argv: Sequence[str]) -> int:
     from dsjax.benchmarks.train_step import measure
 
     print(json.dumps(measure(config, options.steps), indent=2))
+    return 0
+
+
+def _overlap(argv: Sequence[str]) -> int:
+    config, options = load_run(argv, overlap.Overlap, "bench overlap")
+    result = overlap.measure(config, options, overlap.in_process)
+    print(json.dumps(result, indent=2))
+    print(overlap.table(result), file=sys.stderr)
     return 0
 
 

@@ -281,6 +281,15 @@ class TrainConfig:
     one by one."""
     log_every: int = 10
     """Steps between lines of `metrics.jsonl`."""
+    wandb: str = ""
+    """Project on Weights & Biases that gets these lines too; empty for none. Needs the extra `dsjax[wandb]`."""
+    stall_factor: float = 20.0
+    """A step without progress for so many times the median step ends the process, with every thread's stack; 0 waits
+    for ever."""
+    stall_seconds: float = 300.0
+    """Seconds without progress that a step may take in any case."""
+    stall_patience: float = 7200.0
+    """The same of what takes longer than a step: compilation, validation, saving."""
     remat: Remat = "report"
     """What the backward pass recomputes: `report` RMSNorms and MLA up-projections (section 3.2.3), `full` layers."""
     loss_chunk: int = 1024
@@ -306,6 +315,8 @@ class TrainConfig:
         law("mtp_weights", min(self.mtp_weights) >= 0, "two numbers of at least 0")
         law.share("batch_ramp_fraction", "mtp_change", "bias_stop")
         law("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
+        law("stall_factor", self.stall_factor == 0 or self.stall_factor > 1, "greater than 1, or 0 to wait for ever")
+        law.positive("stall_seconds", "stall_patience")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,9 +385,13 @@ class KernelConfig:
     the kernels on a CPU, to look for mistakes in them."""
     fp8_gradient_blocks: bool = False
     """Quantize gradients of activations in blocks of 128 x 128, which diverges (report, appendix B.2): an ablation."""
+    communication_sms: int = 0
+    """Multiprocessors of a Hopper GPU that communication gets (report: 20): as many channels of NCCL, and where a pair
+    of chunks hides it, our kernels take the others only. 0 leaves both as they are."""
 
     def __post_init__(self) -> None:
-        _Laws(self, "kernels.")
+        law = _Laws(self, "kernels.")
+        law("communication_sms", 0 <= self.communication_sms <= 64, "between 0 and 64: a GPU has 132, NCCL 64 channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,6 +439,9 @@ class PipelineConfig:
     `dualpipev` (the same with two stages per rank, parameters once)."""
     max_deferred: int = 0
     """How many weight gradients may wait on a rank, each with the activations that it needs; 0 for no bound."""
+    overlap: bool = True
+    """Whether the two chunks of a pair take turns, so that one computes while the other's tokens travel; without, one
+    follows the other, which is slower and gives the same bits."""
 
     def __post_init__(self) -> None:
         _Laws(self, "pipeline.").at_least(0, "max_deferred")
@@ -477,6 +495,10 @@ class Config:
     precision: Precision = "auto"
     """Format of the matrix products: `auto` is float32 on a CPU, where BF16 is slower, and BF16 elsewhere; `fp8` is the
     report's recipe (tiles of 1 x 128, blocks of 128 x 128), `mxfp8` that of Blackwell (groups of 32)."""
+
+    xla_flags: bool = True
+    """Give XLA and NCCL the flags that are recommended for the chip (`parallel/xla_flags.py`) and that the environment
+    does not set; the run shows them."""
 
     def __post_init__(self) -> None:
         _Laws(self)

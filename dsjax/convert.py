@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from dsjax.checkpoint.commands import COMMANDS, run
-from dsjax.settings import load_subcommand, one_line_errors
+from dsjax.settings import in_one_line, load_subcommand, one_line_errors
 
 PROBLEMS, INTERRUPTED = 1, 130
 """Exit statuses: the checkpoint is not what it should be; stopped by the user. A wrong command line is 2."""
@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except (ValueError, OSError) as problems:  # A checkpoint's problems have a line each.
-        has_file = isinstance(problems, OSError) and problems.filename is not None and problems.filename2 is None
-        print("dsjax:", f"{problems.filename}: {problems.strerror}" if has_file else problems, file=sys.stderr)
+        print("dsjax:", in_one_line(problems) if isinstance(problems, OSError) else problems, file=sys.stderr)
         return PROBLEMS
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)

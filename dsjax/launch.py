@@ -1,5 +1,6 @@
 """Processes that train together on this machine: `python -m dsjax.launch --processes 2 configs/tiny.toml`."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str]) -> None:
             distributed = load_run(words, train.Options, "train")[1].distributed
             if distributed.place():
                 raise ValueError("--distributed.processes and its like are for dsjax.launch to say: leave them away")
+            load_run([*words, *shlex.split(options.fallback)], train.Options, "train")
         raise SystemExit(launch([sys.executable, "-m", options.module, *words], options))
 
 

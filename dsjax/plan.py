@@ -1,101 +1,88 @@
-"""Plan: `python -m dsjax.plan configs/tiny_dualpipe.toml` prints what a run's pipeline does, before anything runs."""
+"""Plan: `python -m dsjax.plan configs/v3_671b.toml` says what a run will take, memory and time, before it runs."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsjax.config import Config
+from dsjax.planning.chips import ChipName
 from dsjax.settings import load_run, one_line_errors
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Show a run's pipeline without running it: who runs what, how long ranks wait, what they hold meanwhile."""
+    """Say what a run needs of each device, how long its steps will take, and what its pipeline does; nothing runs."""
 
+    chip: ChipName = "h800"
+    """Device to plan for; the rates are measured on `h800` and scaled to others by their data sheets."""
+    devices: int = 0
+    """How many of them: with more or fewer copies of the experts, `mesh.data`, than the run says; 0 for as it says."""
     json: bool = False
     """Whether to print JSON."""
+    picture: str = ""
+    """PNG or SVG file to draw memory by rank and the step's timeline into."""
     draw: str = ""
-    """SVG file to draw the schedule into."""
-    compiled: bool = False
-    """Whether to draw the ticks of the compiled program, rather than every op as early as it can run."""
+    """SVG file to draw the pipeline's schedule into."""
+    ticks: bool = False
+    """Whether that is of the compiled program's ticks, rather than of every op as early as it can run."""
+    compile: bool = False
+    """Compile the step for that many GPUs that are not there, and show XLA's own figures; needs the extra cuda13."""
+
+    def __post_init__(self) -> None:
+        if self.ticks and not self.draw:
+            raise ValueError("ticks = True: is about the picture of the schedule, whose file --draw names")
+        if self.devices < 0:
+            raise ValueError(f"devices = {self.devices}: must be at least 1, or 0 for as many as the run says")
+        for name in ("picture", "draw"):
+            if (file := getattr(self, name)) and not Path(file).parent.is_dir():
+                raise ValueError(f"{name} = {file!r}: there is no folder {str(Path(file).parent)!r}")
+        if self.picture and Path(self.picture).suffix not in (".png", ".svg"):
+            raise ValueError(f"picture = {self.picture!r}: must end in .png or .svg")
 
 
-def pipeline(config: Config, options: Plan) -> dict[str, Any] | None:
-    """Return a pipeline's figures after the batch ramp, by stage or rank, in units of an F; None without a pipeline.
-
-    Raises ValueError for too few layers, and for micro-batches of any step that have no schedule.
-    """
+def plan(config: Config, options: Plan) -> None:
+    """Print the plan of a run, and draw its pictures."""
     if config.mesh.pipe == 1 and options.draw:
         raise ValueError(f"draw = {options.draw!r}: there is no pipeline, mesh.pipe = 1")
-    if config.mesh.pipe == 1:
-        return None
-    from dsjax.pipeline.draw import draw
-    from dsjax.pipeline.program import compile_program
-    from dsjax.pipeline.simulate import Timeline, peak_activations, peak_deferred, simulate, simulate_ticks
-    from dsjax.pipeline.stages import schedule_of, stage_layout
-    from dsjax.training.schedule import Schedule
+    import jax
 
-    sizes = Schedule(config).batch_sizes()
-    *ramp, schedule = [schedule_of(config, size // (config.train.micro_batch_size or size)) for size in sizes]
-    program, route = compile_program(schedule), schedule.route
-    layout, dense = stage_layout(config.model, route.stages), config.model.first_k_dense_replace
+    jax.config.update("jax_platforms", "cpu")  # plans are made where there is no accelerator, and beside its users
+    from dsjax.planning.aot import HOPPER, can_compile_for_gpus
+    from dsjax.planning.report import as_dict, lines, on_devices, report_of
+
+    if options.compile and not can_compile_for_gpus():
+        raise ValueError("compile = True: needs JAX's CUDA plugin, and no GPU: uv run --extra cuda13 ...")
+    if options.compile and options.chip not in HOPPER:
+        raise ValueError(f"compile = True with chip = {options.chip!r}: must be one of {', '.join(HOPPER)}")
+    config = on_devices(config, options.devices) if options.devices else config
+    report = report_of(config, options.chip)
     if options.draw:
-        Path(options.draw).write_text(draw(schedule, compiled=options.compiled), "utf-8")
+        from dsjax.pipeline.draw import draw
 
-    def time(line: Timeline) -> dict[str, Any]:
-        return {"makespan": line.makespan, "bubble": line.bubble, "bubble_share": max(line.bubble) / line.makespan}
+        Path(options.draw).write_text(draw(report.models["program"].schedule, compiled=options.ticks), "utf-8")
+    if options.picture:
+        from dsjax.planning.pictures import draw_plan
 
-    return {
-        "schedule": schedule.name,
-        "ranks": route.ranks,
-        "micro_batches": schedule.micro_batches,
-        "batch_ramp": [[step.name, step.micro_batches] for step in ramp],
-        "moe_layers": [[dense + layer for layer in layout.layers(stage)] for stage in range(route.stages)],
-        "stages": [[route.stage(rank, slot) for slot in range(route.slots)] for rank in range(route.ranks)],
-        "time": time(simulate(schedule)),
-        "peak_activations": peak_activations(schedule),
-        "peak_deferred": peak_deferred(schedule),
-        "compiled_time": time(simulate_ticks(schedule, program.ticks)),
-        "ticks": len(program.ticks),
-        "segments": [[start, stop, [len(p.opcodes) for p in phases]] for start, stop, phases in program.segments],
-        "buffers": program.pools._asdict(),
-    }
+        draw_plan(report, Path(options.picture))
+    compiled = None
+    if options.compile:
+        from dsjax.planning.compiled import compile_step
 
-
-def pipeline_lines(plan: dict[str, Any] | None) -> Iterator[str]:
-    """Write a pipeline's figures for people."""
-    if plan is None:
-        yield "pipeline  none, mesh.pipe = 1: micro-batches follow one another"
+        compiled = compile_step(config, options.chip)
+    if options.json:
+        print(json.dumps(as_dict(report) | ({"compiled": compiled.as_dict()} if compiled else {}), indent=2))
         return
-
-    def time(of: dict[str, Any]) -> str:
-        return f"{of['makespan']:g} units, bubble {max(of['bubble']):g} ({of['bubble_share']:.1%})"
-
-    segments = (f"{start} to {stop - 1} ({'+'.join(map(str, codes))})" for start, stop, codes in plan["segments"])
-    yield f"pipeline  {plan['schedule']}, {plan['ranks']} ranks, {plan['micro_batches']} micro-batches"
-    if plan["batch_ramp"]:
-        yield "ramp      " + ", ".join(f"{count} ({name})" for name, count in plan["batch_ramp"]) + " micro-batches"
-    yield f"time      {time(plan['time'])}; F = I = W = 1, B = 2, F&B = 3"
-    yield f"compiled  {time(plan['compiled_time'])}; {plan['ticks']} ticks (and opcodes): {', '.join(segments)}"
-    yield f"buffers   {', '.join(f'{name} {depth}' for name, depth in plan['buffers'].items())}"
-    moe = plan["moe_layers"]
-    for rank, stages in enumerate(plan["stages"]):
-        own = ", ".join(f"{stage} (layers {moe[stage][0]} to {moe[stage][-1]})" for stage in stages)
-        held = f"holds {plan['peak_activations'][rank]} activations, {plan['peak_deferred'][rank]} deferred W"
-        yield f"rank {rank:<4} stage {own}; waits {plan['time']['bubble'][rank]:g} units, {held}"
+    print("\n".join(lines(report)))
+    if compiled:
+        print("\n".join(["", *compiled.lines(report.memory)]))
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     with one_line_errors():
-        config, options = load_run(argv, Plan, "plan")
-        if options.compiled and not options.draw:
-            raise ValueError("compiled = True: is about the picture, whose file --draw names")
-        plan = pipeline(config, options)
-        print(json.dumps({"pipeline": plan}, indent=2) if options.json else "\n".join(pipeline_lines(plan)))
+        plan(*load_run(argv, Plan, "plan"))
 
 
 if __name__ == "__main__":

@@ -149,6 +149,13 @@ class Runtime:
     """Whether the MoE layers are compiled one by one, in place of one loop."""
     loss_chunk: int = 1024
     """Tokens whose float32 logits exist at once."""
+    num_sms: int = 132
+    """Multiprocessors that persistent kernels in 16 bits take; those in FP8 as `recipe` has it."""
+
+    def leaving(self, sms: int) -> "Runtime":
+        """Return the runtime whose persistent kernels leave so many multiprocessors to communication."""
+        recipe = self.recipe and replace(self.recipe, num_sms=self.recipe.num_sms - sms)
+        return replace(self, recipe=recipe, num_sms=self.num_sms - sms)
 
 
 def runtime_of(config: Config) -> Runtime:

@@ -170,8 +170,21 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:
-        print("dsjax:", " ".join(str(error).split()), file=sys.stderr)
+        print("dsjax:", in_one_line(error), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error in one line: a heading and what stands below it, or the system's file and reason."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
+        character = error.object[error.start]
+        return f"the terminal's encoding, {error.encoding}, has no {character!r}: set PYTHONIOENCODING=utf-8"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+        return f"{files}: {error.strerror}"
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    heading, *details = lines or [type(error).__name__]
+    return f"{heading.removesuffix(':')}: {'; '.join(details)}" if details else heading
 
 
 # Files.
@@ -189,9 +202,12 @@ def _names(folder: Path) -> list[str]:
 
 def _find_run(word: str) -> Path:
     """`configs/tiny.toml` is a file, `tiny` may also be the name of a packaged run."""
-    for file in (Path(word), _configs() / f"{word}.toml"):
+    packaged = [_configs() / f"{word}.toml"] if Path(word).name == word else []
+    for file in (Path(word), *packaged):
         if file.is_file():
             return file
+    if Path(word).is_dir():
+        raise ValueError(f"{word}: a folder; name a run's TOML file, such as {Path(word) / 'config.toml'}")
     raise ValueError(f"{word}: no such file, and no packaged run ({', '.join(_names(_configs()))})")
 
 
@@ -208,15 +224,22 @@ def _resolve(file: Path, given: Layer) -> Config:
     model = _find_model(name, [file.parent, _configs()]) if name else None
     if model:
         layer = _merge({f"model.{key}": value for key, value in _read_toml(model, ModelConfig).items()}, layer)
-    elif not all(f"model.{key}" in layer for key in _required(ModelConfig)):
+    elif missing := [key for key in _required(ModelConfig) if f"model.{key}" not in layer]:
         known = ", ".join(sorted({*_names(_configs() / "models"), *_names(file.parent / "models")}))
-        raise ValueError(f"model.name = {name!r}: must be one of {known}, or [model] must hold every size itself")
+        lacks = f", and lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}"
+        raise ValueError(
+            f"model.name = {name!r}: must be one of {known}, or [model] must hold every size itself{lacks}"
+        )
     return _build(Config, layer)
 
 
 def _read_toml(file: Path, kind: type) -> Layer:
     try:
-        return _flatten(tomllib.loads(file.read_text("utf-8")), _kinds(kind))
+        text = file.read_bytes().decode("utf-8-sig")  # some editors put a mark of the encoding in front
+        return _flatten(tomllib.loads(text), _kinds(kind))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8, as TOML is") from None
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{file}: {reason}") from None

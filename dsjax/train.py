@@ -5,16 +5,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dsjax.config import Config
 from dsjax.host_memory import keep_freed_memory
-from dsjax.parallel.hosts import (
-    Distributed,
-    console_of_process,
-    errors_of_process,
-    process_prefix,
-    processes,
-    simulate_devices,
-    start,
-)
+from dsjax.parallel.hosts import Distributed, console_of_process, errors_of_process, leave, processes, start
+from dsjax.parallel.xla_flags import set_flags
 from dsjax.settings import load_run, one_line_errors
 
 
@@ -26,6 +20,10 @@ class Options:
     """Begin at step 0; refuses a folder that a run has used."""
     overwrite: bool = False
     """With --fresh: delete what the run in that folder left."""
+    profile: str = ""
+    """Trace these steps, first:last, into the run's folder `profile`, for XProf (TensorBoard's profile page)."""
+    preflight: bool = False
+    """Only compare the hosts, try the links between their devices, and say how it went."""
     distributed: Distributed = field(default_factory=Distributed)
 
 
@@ -34,19 +32,40 @@ def main(argv: Sequence[str]) -> None:
     with one_line_errors():
         config, options = load_run(argv, Options, "train")
         keep_freed_memory()
+        flags = set_flags(config)
         # Here JAX is imported: behind the settings, so that --help and mistakes are answered at once.
         start(options.distributed)
         with errors_of_process():
-            console = console_of_process()
-            if simulate_devices(config.mesh.devices // processes()):
-                console.print(f"simulated {config.mesh.devices} devices on the CPU")
-            from dsjax.training.loop import TrainingFailed, train
+            _train(config, options, flags)
 
-            try:
-                train(config, fresh=options.fresh, overwrite=options.overwrite, console=console)
-            except TrainingFailed as failure:
-                print(f"dsjax: {process_prefix()}{failure}", file=sys.stderr)
-                raise SystemExit(1) from None
+
+def _train(config: Config, options: Options, flags: Sequence[str]) -> None:
+    from dsjax.checkpoint.native import SaveFailed
+    from dsjax.parallel.preflight import preflight
+    from dsjax.training.folder import space_for
+    from dsjax.training.loop import TrainingFailed, train
+
+    console = console_of_process()
+    if flags:
+        console.print(f"flags     {' '.join(flags)}; --no-xla-flags leaves them away")
+    preflight(
+        config,
+        space_for(config, overwrite=options.overwrite),
+        console,
+        timeout=options.distributed.timeout,
+        always_say=options.preflight,
+    )
+    if options.preflight:
+        return
+    try:
+        train(config, fresh=options.fresh, overwrite=options.overwrite, profile=options.profile, console=console)
+    except TrainingFailed as failure:
+        raise SystemExit(f"dsjax: {failure}") from None
+    except SaveFailed as failure:
+        if processes() > 1:
+            raise SystemExit(f"dsjax: {failure}") from None
+        print(f"dsjax: {failure}", file=sys.stderr)
+        leave(1)  # Orbax has threads that would wait minutes for a folder that is gone
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The command `bench`: what it refuses, and the benchmark of kernels gone through without a GPU."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -11,11 +14,12 @@ import numpy as np
 import pytest
 
 from dsjax import bench
-from dsjax.benchmarks import kernels
+from dsjax.benchmarks import kernels, overlap
 from dsjax.benchmarks.clock import Clock, Rival
 from dsjax.pallas.matmul import scaled
 from dsjax.pallas.matmul.tune import example
 from dsjax.runtime import made_for
+from dsjax.settings import load_config
 
 
 def test_help_names_the_benchmarks(capsys):
@@ -23,8 +27,8 @@ def test_help_names_the_benchmarks(capsys):
         with pytest.raises(SystemExit, match="0"):
             bench.main(argv)
         out = capsys.readouterr().out
-        assert "  train " in out and "  kernels " in out
-    for command, option in (("train", "--steps"), ("kernels", "--budget")):
+        assert "  train " in out and "  kernels " in out and "  overlap " in out
+    for command, option in (("train", "--steps"), ("overlap", "--sms"), ("kernels", "--budget")):
         with pytest.raises(SystemExit, match="0"):
             bench.main([command, "--help"])
         assert option in capsys.readouterr().out
@@ -33,10 +37,13 @@ def test_help_names_the_benchmarks(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "no command is named: give one of train, kernels"),
-        (["kernel"], "unknown command 'kernel': must be one of train, kernels"),
+        ([], "no command is named: give one of train, overlap, kernels"),
+        (["kernel"], "unknown command 'kernel': must be one of train, overlap, kernels"),
         (["train"], "no run is named"),
         (["train", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["overlap", "configs/tiny.toml"], "mesh.pipe = 1 with pipeline.schedule = 'dualpipe': only a pipeline"),
+        (["overlap", "configs/tiny_dualpipe.toml", "--sms", "200"], "kernels.communication_sms = 200: must be between"),
+        (["overlap", "configs/tiny_dualpipe.toml", "--rounds", "0"], "rounds = 0: must be at least 1"),
         (["kernels"], "needs a Hopper GPU"),
         (["kernels", "--repeats", "0"], "repeats = 0: must be at least 1"),
         (["kernels", "--only", "everything"], "only = ('everything',): must be a list, each item one of 'check'"),
@@ -67,7 +74,7 @@ def test_a_dry_run_goes_through_everything(capsys):
     by_group = {group: [r for r in report["results"] if r["group"] == group] for group in kernels.GROUPS}
     assert all(by_group.values())
     for result in by_group.pop("check"):
-        assert "max_relative_error" in result or "differing_codes" in result or "max_relative_error_0" in result
+        assert {"max_relative_error", "differing_codes", "differing_words", "max_relative_error_0"} & set(result)
     (tuned,) = by_group.pop("tune")
     assert len(tuned["cuts"]) == 2 and tuned["chosen_over_best"] >= 1
     for group, results in by_group.items():
@@ -191,3 +198,49 @@ def test_what_is_timed_on_a_gpu_lowers(group, monkeypatch):
             kinds.clear()
             assert "errors" not in measure(), name
             assert kinds[0] == 1 and set(kinds) <= {0, 1}, name
+
+
+def machine(platform, asked):
+    """What measures a process, in place of one: overlapping gains a tenth, and 20 multiprocessors are best."""
+
+    def of_process(config, steps):
+        sms = config.kernels.communication_sms
+        asked.append(sms)
+        apart = 1.0 + abs(sms - 20) / 100
+        seconds = {"overlapped": [0.9 * apart] * steps, "one_after_the_other": [apart] * steps}
+        return {"platform": platform, "device": "a device", "seconds": seconds}
+
+    return of_process
+
+
+def test_numbers_of_multiprocessors_take_turns():
+    asked, config = [], load_config(["configs/tiny_dualpipe.toml"])
+    result = overlap.measure(config, overlap.Overlap((0, 20), 4, 3), machine("gpu", asked))
+    assert asked == [0, 20] * 3
+    rows = result["by_communication_sms"]
+    assert [(row["overlapped_over_one_after_the_other"], row["samples"]) for row in rows.values()] == [(0.9, 12)] * 2
+    assert rows["20"]["overlapped_s"] == 0.9 < rows["0"]["overlapped_s"] and not result["note"]
+    assert overlap.table(result).count("\n") == 3
+
+
+def test_a_cpu_has_nothing_to_sweep():
+    asked, config = [], load_config(["configs/tiny_dualpipe.toml"])
+    result = overlap.measure(config, overlap.Overlap((0, 20), 4, 3), machine("cpu", asked))
+    assert asked == [0] * 3 and list(result["by_communication_sms"]) == ["0"]
+    assert "there are no multiprocessors" in result["note"] and overlap.table(result).endswith(result["note"])
+
+
+@pytest.mark.slow
+def test_overlap_on_simulated_devices(tmp_path):
+    """The command itself, in processes of their own."""
+    words = "--mesh.pipe 2 --mesh.local 1 --train.batch_size 4 --train.micro_batch_size 1 --data.sequence_length 16"
+    options = "--model.num_hidden_layers 3 --steps 1 --rounds 1"
+    command = [sys.executable, "-m", "dsjax.bench", "overlap", "configs/tiny_dualpipe.toml"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, *words.split(), *options.split()], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["by_communication_sms"].values()
+    assert min(row["overlapped_s"], row["one_after_the_other_s"]) > 0 and row["samples"] == 1
+    assert "there are no multiprocessors" in done.stderr

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,13 @@ match what:
         note(f"address{me}{len(list(Path().glob(f'address{me}*')))}", os.environ["DSJAX_COORDINATOR"])
         if me == "1" and not os.path.exists("address11"): os.kill(os.getpid(), signal.SIGKILL)
         while not os.path.exists("address11"): time.sleep(0.01)
+    case "refuse":
+        sys.exit(2)
+    case "die" if os.environ["DSJAX_PROCESSES"] == "1":
+        print(f"1: {sys.argv[1:]}")
+    case "die":
+        if me == "1": os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
     case "save":
         def save(number, _):
             note(f"got{me}", signal.Signals(number).name)
@@ -82,6 +90,15 @@ with errors_of_process():
         while not Path("shown").exists():
             time.sleep(0.01)
         raise ValueError("this one  is wrong")
+    if sys.argv[1:] == ["all fail"]:
+        raise ValueError("all are wrong")
+    if sys.argv[1:] == ["lost"]:
+        import os, signal
+
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            float(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(x))
 """
 
 
@@ -162,6 +179,25 @@ def test_restarts(run, tmp_path):
     assert (tmp_path / "address11").read_text() != (tmp_path / "address10").read_text()
 
 
+def test_a_refusal_is_not_repeated(run, tmp_path):
+    status, out, err = run("--processes", 2, "--restarts", 2, "--module", "child", "refuse")
+    assert (status, out) == (2, "")
+    assert "ended with exit status 2" in err and "starting" not in err
+
+
+def test_fewer_processes_start_when_restarts_do_not_help(run):
+    words = ("--restarts", 1, "--fallback-processes", 1, "--fallback=--of 'one host'", "--module", "child", "die")
+    status, out, err = run("--processes", 2, *words)
+    assert (status, out) == (0, "1: ['die', '--of', 'one host']\n")
+    dead = "dsjax: process 1 ended with signal SIGKILL; ending the others"
+    assert err.splitlines() == [
+        dead,
+        "dsjax: starting all again, 1 of 1",
+        dead,
+        "dsjax: starting 1 of 2 --of 'one host'",
+    ]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_goes_to_all(launch, tmp_path, number):
     with launch("--processes", 2, "--restarts", 1, "--module", "child", "save") as process:
@@ -201,9 +237,28 @@ def test_a_sum_over_all_devices_and_an_error(run):
     told = [line for line in err.splitlines() if "[Gloo]" not in line]
     assert told == [
         "[1] process 1 of 2: 2 of 4: 10",
-        "[1] dsjax: process 1: this one is wrong",
+        f"[1] dsjax: process 1 ({socket.gethostname()}): this one is wrong",
         "dsjax: process 1 ended with exit status 2; ending the others",
     ]
+
+
+def told_by(err):
+    return [line for line in err.splitlines() if "[Gloo]" not in line and "2 of 4: 10" not in line]
+
+
+def test_what_all_processes_find_wrong_is_said_once(run):
+    status, _, err = run(
+        "--processes", 2, "--devices-per-process", 2, "--restarts", 1, "--module", "together", "all fail"
+    )
+    mistake, end = told_by(err)
+    assert (status, mistake) == (2, "dsjax: all are wrong")
+    assert "ended with exit status 2" in end  # of all, or of the first, if the others are slow to go
+
+
+def test_a_lost_process_is_named_and_the_others_are_quiet(run):
+    status, _, err = run("--processes", 2, "--devices-per-process", 2, "--module", "together", "lost")
+    assert status == 128 + signal.SIGKILL
+    assert told_by(err) == ["dsjax: process 1 ended with signal SIGKILL; ending the others"]
 
 
 @pytest.mark.slow
@@ -217,6 +272,14 @@ def test_joining_and_parting(run):
     [
         ("tiny", "processes = 0: must be at least 1, before the run: --processes 2 configs/tiny.toml"),
         ("--processes 2 --grace -1 tiny", "grace = -1: must be at least 0"),
+        (
+            "--processes 2 --fallback=--mesh.data=1 tiny",
+            "fallback = '--mesh.data=1': also needs --fallback-processes, how many start with it",
+        ),
+        (
+            "--processes 2 --fallback-processes 1 --fallback=--mesh.date=1 tiny",
+            "unknown option --mesh.date; did you mean --mesh.data?",
+        ),
         ("--processes", "--processes has no value: it must be an integer"),
         ("--proceses 2 tiny", "unknown option --proceses; did you mean --processes?"),
         ("--processes 2", "no run is named: give a TOML file, such as configs/tiny.toml, or --help"),

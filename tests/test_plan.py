@@ -36,7 +36,12 @@ def plan(capsys):
 def test_the_report_in_words(plan):
     status, out, err = plan(DUALPIPE)
     assert (status, err) == (0, "")
-    assert out.splitlines() == [
+    lines = out.splitlines()
+    assert lines[:2] == [
+        "run       tiny, auto, 3.07 K tokens a step",
+        "devices   8 x NVIDIA H800: pipe 4 x data 1 x node 1 x local 2",
+    ]
+    assert lines[2:10] == [
         "pipeline  DualPipe, 4 ranks, 12 micro-batches",
         "time      38 units, bubble 2 (5.3%); F = I = W = 1, B = 2, F&B = 3",
         "compiled  38 units, bubble 2 (5.3%); 20 ticks (and opcodes): 0 to 6 (6), 7 to 12 (1+1), 13 to 19 (8)",
@@ -46,6 +51,52 @@ def test_the_report_in_words(plan):
         "rank 2    stage 2 (layers 5 to 6), 1 (layers 3 to 4); waits 2 units, holds 5 activations, 2 deferred W",
         "rank 3    stage 3 (layers 7 to 7), 0 (layers 1 to 2); waits 2 units, holds 5 activations, 1 deferred W",
     ]
+    rest = "\n".join(lines[10:])
+    for what in ("memory ", "  second copy ", "  together ", "time ", "  as the report's system", "to the next stage"):
+        assert what in rest
+    assert "fits: 84.9 GB" in rest and "It does not fit" not in rest
+
+
+def test_json_has_every_figure(plan):
+    """The keys that other programs read, and sums that hold."""
+    figures = json.loads(plan(DUALPIPE, "--json", "--chip", "h100")[1])
+    assert figures["memory_bytes_total"] == sum(figures["memory_bytes"].values())
+    assert figures["chip"]["name"] == "NVIDIA H100 80GB HBM3" and figures["memory_fits"]
+    report = figures["estimates"]["report"]
+    assert figures["tokens_per_s_per_gpu"] == report["tokens_per_s_per_gpu"] > 0
+    assert figures["step_time_s"] == report["step_time_s"] == pytest.approx(report["pipeline"] + report["update"])
+    assert figures["tokens_per_s_per_gpu"] * figures["step_time_s"] * 8 == pytest.approx(24 * 128)
+    assert 0 < figures["mfu"] == report["mfu"] < 1
+    assert figures["estimates"]["program"]["step_time_s"] >= figures["step_time_s"]
+    assert len(figures["memory_used_by_rank"]) == 4
+    assert {hop["where"] for hop in figures["hops"]} >= {"dispatch, in the node", "to the next stage"}
+
+
+def test_more_devices_are_more_copies(plan):
+    """Each with as many sequences; the state is divided among them."""
+    one, two = (
+        json.loads(plan(DUALPIPE, "--json", "--train.batch-size", "48", "--devices", str(n))[1]) for n in (8, 16)
+    )
+    assert (one["mesh"]["data"], two["mesh"]["data"]) == (1, 2)
+    assert two["memory_bytes"]["activations"] == one["memory_bytes"]["activations"]
+    assert two["memory_bytes"]["master_weights"] < 0.6 * one["memory_bytes"]["master_weights"]
+    assert (one["pipeline"]["micro_batches"], two["pipeline"]["micro_batches"]) == (24, 12)
+
+
+def test_it_says_what_to_change(plan):
+    """A micro-batch that is far too large: each change that is named saves memory."""
+    run = str(CONFIGS / "small_gpu.toml")
+    large = ("--train.batch-size", "256", "--train.micro-batch-size", "128")
+    status, out, _ = plan(run, *large)
+    assert status == 0 and "It does not fit: " in out
+    advice = out.split("It does not fit: ")[1].splitlines()[1:]
+    assert any("--train.micro-batch-size 1" in line for line in advice)
+    before = json.loads(plan(run, *large, "--json")[1])
+    assert not before["memory_fits"]
+    for line in advice:
+        change = re.split("[,:]", line.split(" --")[1])[0].split()
+        after = json.loads(plan(run, *large, f"--{change[0]}", change[1], "--json")[1])
+        assert after["memory_bytes_total"] < before["memory_bytes_total"], line
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -79,8 +130,8 @@ def test_a_bound_on_deferred_gradients(plan):
 
 def test_no_pipeline(plan, tmp_path):
     status, out, _ = plan(str(CONFIGS / "tiny.toml"))
-    assert (status, out) == (0, "pipeline  none, mesh.pipe = 1: micro-batches follow one another\n")
-    assert json.loads(plan(str(CONFIGS / "tiny.toml"), "--json")[1]) == {"pipeline": None}
+    assert status == 0 and "\npipeline  none, mesh.pipe = 1: micro-batches follow one another\n" in out
+    assert json.loads(plan(str(CONFIGS / "tiny.toml"), "--json")[1])["pipeline"] is None
     status, _, err = plan(str(CONFIGS / "tiny.toml"), "--draw", str(tmp_path / "none.svg"))
     assert status == 2 and err.endswith("there is no pipeline, mesh.pipe = 1\n")
     assert not list(tmp_path.iterdir())
@@ -102,7 +153,14 @@ def test_no_pipeline(plan, tmp_path):
             "mesh.pipe = 4 ranks with 4 micro-batches .*nearest: 8",
         ),
         (["--pipeline.schedule", "dualpipev"], "mesh.pipe: 8 stages of a model with 7 MoE layers: .*at most 7 stages"),
-        (["--compiled"], "compiled = True: is about the picture"),
+        (["--ticks"], "ticks = True: is about the picture"),
+        (["--devices", "12"], "devices = 12: must be a multiple of mesh.pipe x mesh.node x mesh.local = 8"),
+        (["--devices", "-8"], "devices = -8: must be at least 1"),
+        (["--chip", "h900"], "chip = 'h900': must be one of 'h800', 'h100'"),
+        (["--picture", "no/such/folder.png"], "picture = 'no/such/folder.png': there is no folder 'no/such'"),
+        (["--draw", "no/such/folder.svg"], "draw = 'no/such/folder.svg': there is no folder 'no/such'"),
+        (["--picture", "plan.doc"], "picture = 'plan.doc': must end in .png or .svg"),
+        (["--compile", "--chip", "b200"], "compile = True"),
     ],
 )
 def test_what_cannot_be_is_one_line(plan, arguments, message):
@@ -118,14 +176,24 @@ def test_small_steps_of_a_ramp_have_another_schedule(plan):
     assert line.startswith("ramp      4 (ZB1P), ") and line.endswith("10 (DualPipe) micro-batches")
 
 
-@pytest.mark.parametrize("compiled", [(), ("--compiled",)])
-def test_the_picture(plan, tmp_path, compiled):
+@pytest.mark.parametrize("compiled", [(), ("--ticks",)])
+def test_the_picture_of_the_schedule(plan, tmp_path, compiled):
     file = tmp_path / "schedule.svg"
     status, out, _ = plan(DUALPIPE, "--draw", str(file), *compiled)
-    assert status == 0 and out.startswith("pipeline  DualPipe")
+    assert status == 0 and "\npipeline  DualPipe" in out
     texts = [element.text for element in ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}text")]
     assert texts[0] == ("DualPipe, compiled" if compiled else "DualPipe")
     assert "rank 3" in texts
+
+
+@pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
+def test_the_picture(plan, tmp_path, name):
+    file = tmp_path / name
+    assert plan(DUALPIPE, "--picture", str(file))[0] == 0
+    if name.endswith("png"):
+        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
+    else:
+        assert ElementTree.parse(file).getroot().tag.endswith("svg")
 
 
 def test_help_does_not_wait_for_jax():

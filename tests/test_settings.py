@@ -186,7 +186,7 @@ def test_wrong_model_file_is_named(run):
     model.write_text(model.read_text() + "hiden_size = 3\n")
     assert refusal([run]) == f"{model}: unknown setting hiden_size; did you mean hidden_size?"
     model.write_bytes(b"\xff")
-    assert refusal([run]).startswith(f"{model}: ")
+    assert refusal([run]) == f"{model}:1: byte 0xff is not UTF-8, as TOML is"
 
 
 @pytest.mark.parametrize(

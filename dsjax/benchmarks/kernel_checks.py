@@ -43,6 +43,8 @@ class Sizes:
     masked: Groups = ((1, 1024), (2, 512), (4, 256))
     width: int = 7168
     hidden: int = 2048
+    attention: int = 16384
+    """Width of attention's output."""
     num_sms: tuple[int, int] = (112, NUM_SMS)
     cuts: int = 100
     """Most cuts of a product that are tried."""
@@ -57,6 +59,7 @@ TINY = Sizes(
     masked=((2, 16),),
     width=256,
     hidden=128,
+    attention=256,
     cuts=2,
 )
 """For a dry run."""
@@ -187,7 +190,7 @@ class QuantizerCase:
     function: Callable[..., Any]
     """Of its inputs, and `impl`."""
     inputs: tuple[tuple[tuple[int, ...], Any], ...]
-    """Shapes and types; codes, and the scales behind them, are drawn as such."""
+    """Shapes and types; codes or words, and the scales behind them, are drawn as such."""
     exact: bool = True
     """Whether codes are those of the definition to the bit."""
     transposed: tuple[int, ...] = ()
@@ -211,7 +214,7 @@ def quantizer_cases(sizes: Sizes, checked: bool) -> dict[str, QuantizerCase]:
     x, swiglu_rows = ((tokens, width), bf16), tokens if checked else groups * rows
     both, weights = ((swiglu_rows, 2 * hidden), bf16), ((swiglu_rows,), f32)
     matrices = (n, k) if checked else (groups, n, k)
-    power = {"power_of_two": True}
+    attended, power = (tokens, sizes.attention), {"power_of_two": True}
     codes = (((tokens, width), e4m3), ((tokens, width // TILE), f32))
 
     def norm(x: Array, gain: Array, **how: Any) -> Any:
@@ -238,6 +241,12 @@ def quantizer_cases(sizes: Sizes, checked: bool) -> dict[str, QuantizerCase]:
             quantizers.swiglu_backward, (both, weights, ((swiglu_rows, hidden), bf16)), exact=False
         ),
         name("transpose", matrices): QuantizerCase(quantizers.transpose, ((matrices, e4m3),)),
+        name("pack_e5m6", attended): QuantizerCase(quantizers.pack_e5m6, ((attended, bf16),)),
+        name("unpack_e5m6", attended): QuantizerCase(
+            quantizers.unpack_e5m6,
+            (((tokens, 3 * sizes.attention // 8), jnp.uint32), ((tokens, sizes.attention // TILE), f32)),
+            options={"dtype": bf16},
+        ),
     }
     return {name: quantizer for name, quantizer in found.items() if checked or quantizer.timed}
 
@@ -247,9 +256,11 @@ def draw(quantizer: QuantizerCase, rng: np.random.Generator) -> list[np.ndarray]
     arrays = []
     for shape, dtype in quantizer.inputs:
         values = rng.standard_normal(shape, np.float32)
-        if dtype == jnp.float8_e4m3fn:
+        if dtype == jnp.uint32:
+            values = rng.integers(2**32, size=shape, dtype=np.uint32)
+        elif dtype == jnp.float8_e4m3fn:
             values *= 100
-        elif any(x == jnp.float8_e4m3fn for _, x in quantizer.inputs):  # scales, of what is requantized powers of two
+        elif any(x in (jnp.float8_e4m3fn, jnp.uint32) for _, x in quantizer.inputs):  # scales, here powers of two
             values = np.exp2(rng.integers(-8, 8, shape)).astype(np.float32)
         elif len(shape) > 1 and shape[-1] % TILE == 0:
             spread = np.exp2(rng.uniform(-6, 2, (*shape[:-1], shape[-1] // TILE))).astype(np.float32)
@@ -279,9 +290,10 @@ def _check_quantizer(impl: Fp8Kernel, quantizer: QuantizerCase) -> dict[str, Any
                 wrong.append(f"{differing} of {want.size} codes differ, at most {allowed} should")
         elif quantizer.exact:
             differing = int((have != want).sum())
-            result["differing_scales"] = differing
+            what = {"uint32": "words", "bfloat16": "numbers"}.get(want.dtype.name, "scales")
+            result[f"differing_{what}"] = differing
             if differing:
-                wrong.append(f"{differing} of {want.size} scales differ")
+                wrong.append(f"{differing} of {want.size} {what} differ")
         else:
             have64, want64 = have.astype(np.float64), want.astype(np.float64)
             error = float(np.abs(have64 - want64).max() / np.abs(want64).max())

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from dsjax.config import Config
+from dsjax.config import Config, MeshConfig
+from dsjax.parallel.hosts import simulate_devices
 from dsjax.settings import load_run, one_line_errors
 
 DECAY = 0.9
@@ -29,11 +30,15 @@ class Precision:
     """Where the runs go, and the picture."""
     steps: int = 500
     seeds: int = 3
+    one_device: bool = False
+    """Whether BF16 is on one device, and not on the run's mesh: what the whole recipe does to the losses."""
 
 
-def variants(config: Config) -> dict[str, Config]:
+def variants(config: Config, *, one_device: bool) -> dict[str, Config]:
     """Return the run in FP8, in BF16, and in BF16 with another order of sums."""
     bf16, train = replace(config, precision="bf16"), config.train
+    if one_device:
+        bf16 = replace(bf16, mesh=MeshConfig())
     micro_batch = (train.micro_batch_size or train.batch_size) // 2
     return {
         "fp8": replace(config, precision="fp8"),
@@ -63,7 +68,7 @@ def measure(config: Config, options: Precision) -> dict:
     differences: dict[str, list] = {"fp8": [], "control": []}
     for seed in range(options.seeds):
         losses = {}
-        for name, variant in variants(config).items():
+        for name, variant in variants(config, one_device=options.one_device).items():
             train = replace(variant.train, seed=seed, steps=options.steps, validate_every=options.steps, log_every=1)
             checkpoint = replace(variant.checkpoint, every=options.steps)
             folder = str(Path(options.folder) / f"{name}-{seed}")
@@ -106,6 +111,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     with one_line_errors():
         config, options = load_run(argv, Precision, "benchmarks.precision")
+        simulate_devices(config.mesh.devices)
         print(json.dumps(measure(config, options), indent=2))
 
 

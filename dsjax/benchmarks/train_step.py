@@ -1,8 +1,6 @@
 """What a training step costs: compilation, time, memory."""
 
-import resource
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -16,6 +14,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import place
 from dsjax.runtime import runtime_of
 from dsjax.training.announcement import peak_of_all
+from dsjax.training.memory import peak_of_devices, peak_of_process
 from dsjax.training.schedule import Schedule
 from dsjax.training.state import initial_state
 from dsjax.training.step import Knobs, make_train_step
@@ -26,7 +25,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
     Seconds are wall-clock medians of single steps, each waited for; the moving average of the weights, validation and
     checkpoints, which a run does beside its steps, are not in them. Memory is the high-water mark of the process and,
-    where the backend tells it, of the first device.
+    where the backend tells it, of its fullest device.
     """
     schedule, length = Schedule(config), config.data.sequence_length
     data = load_tokens(config.data, config.model.vocab_size)
@@ -57,7 +56,6 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     flops = training_flops_per_token(config.model, length)
     peak_flops = peak_of_all(mesh)
     tokens_per_s = batch * length / per_step
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "model": config.model.name,
         "device": device.device_kind,
@@ -72,6 +70,6 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         "mfu": peak_flops and tokens_per_s * flops / peak_flops,
         "peak_flops": peak(device)[1],
         "exchange_rounds": int(metrics["rounds"].max()) / (batch // micro_batch) if "rounds" in metrics else 0,
-        "peak_memory_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_memory_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "peak_memory_process_bytes": peak_of_process(),
+        "peak_memory_device_bytes": peak_of_devices(),
     }

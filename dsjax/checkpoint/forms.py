@@ -64,7 +64,8 @@ def open_checkpoint(
 
 
 def _require_fitting(path: Path, config: ModelConfig | None, step: int | None, weights: str) -> None:
-    """Raise CheckpointProblems for choices that a form has not, which would be passed over without a word."""
+    """Raise CheckpointProblems for choices that a form has not, which would be passed over without a word, and for a
+    run that has nothing yet."""
     own = (path / DOCUMENT).exists()
     run, problems = not own and is_run(path), []
     if not run and (step is not None or weights != "live"):
@@ -72,7 +73,9 @@ def _require_fitting(path: Path, config: ModelConfig | None, step: int | None, w
     if config is not None and (own or run):
         problems.append(f"has a config of its own{f', in {DOCUMENT}' if own else ''}; none can be given")
     if path.name.isdigit() and is_run(path.parent) and not problems:
-        problems.append(f"one checkpoint of a run; name the run and step {path.name} (--step {path.name})")
+        problems.append(f"one checkpoint of a run; name the run: dsjax.convert takes --step {path.name} too")
+    if not own and not run and (path / "config.toml").is_file() and not (path / "config.json").exists():
+        problems.append("the run has no checkpoint yet")
     if problems:
         raise CheckpointProblems(path, problems)
 

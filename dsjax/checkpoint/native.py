@@ -7,11 +7,15 @@ returns False, silently, for a step that it will not save.
 
 import json
 import logging
+import os
+import re
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ from jaxtyping import PyTree
 from dsjax.checkpoint.checksum import checksums
 
 log = logging.getLogger("dsjax.checkpoint")
+_SHARED_WRITING = 1 << 24
+"""Bytes of a device's part from which several devices write what each of them has."""
 
 
 class DamagedCheckpoint(Exception):
@@ -34,6 +40,23 @@ class DamagedCheckpoint(Exception):
 
 class NoUsableCheckpoint(RuntimeError):
     """Every checkpoint that was tried is damaged; the message lists them with the reasons."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message says where, why, and which step was saved last."""
+
+
+class _FailuresOfSaves(logging.Filter):
+    """Takes errors of Orbax's threads out of its log, where they come first: of several processes, the one whose save
+    has failed would otherwise learn it when it has waited ten minutes for the others."""
+
+    failure: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR or not record.exc_info or "orbax" not in record.pathname:
+            return True
+        self.failure = self.failure or record.exc_info[1]
+        return False
 
 
 class Checkpoints:
@@ -50,8 +73,15 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._damaged: dict[int, str] = {}
         self._saved = False
+        self._failures = _FailuresOfSaves()
+        logging.getLogger("absl").addFilter(self._failures)
+        _silence_abandoned_work()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "metadata"))
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_type_handlers()),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, oldest first; those found damaged are left out."""
@@ -66,10 +96,12 @@ class Checkpoints:
         """Start to save a state and what a reader must know of it (JSON: config, data fingerprint ...).
 
         Blocks until the arrays are computed and copied; they may be donated or changed afterwards. Waits for the
-        save before. Raises ValueError for a step that is not newer than the newest, and what went wrong with the
-        save before (a full disk), if anything did.
+        save before. Raises ValueError for a step that is not newer than the newest, and SaveFailed for this save or
+        the one before.
         """
-        self._prepare_folder()
+        self.wait()
+        with self._failing():
+            self._prepare_folder()
         newest = max(self._manager.all_steps(), default=-1)
         if step <= newest:
             raise ValueError(f"cannot save step {step} in {self.folder}: step {newest} is there; steps must grow")
@@ -86,15 +118,20 @@ class Checkpoints:
             "arrays": {name: [*facts[name], f"{sums[name]:08x}"] for name in arrays},
         }
         text = json.dumps(contents, sort_keys=True)
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(arrays),
-                metadata=ocp.args.JsonSave({"checksum": zlib.crc32(text.encode()), "contents": text}),
-            ),
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            metadata=ocp.args.JsonSave({"checksum": zlib.crc32(text.encode()), "contents": text}),
         )
+        with self._failing():
+            saved = self._manager.save(step, args=arguments)
         if not saved:
-            raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, and gave no reason")
+            raise SaveFailed(f"Orbax did not save step {step} in {self.folder}, and gave no reason")
+
+    def check(self) -> None:
+        """Raise SaveFailed if the save in the background has failed; does not wait for it."""
+        with self._failing():
+            if self._failures.failure:
+                raise self._failures.failure
 
     def restore(self, abstract: PyTree, step: int | None = None, *, partial: bool = False) -> tuple[int, PyTree, dict]:
         """Return (step, state, metadata) of the newest checkpoint that is whole, or of `step`.
@@ -158,18 +195,35 @@ class Checkpoints:
         return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype, _) in saved.items()}
 
     def wait(self) -> None:
-        """Return when the last save is complete on disk. Raises what went wrong with it, if anything did."""
-        self._manager.wait_until_finished()
+        """Return when the last save is complete on disk. Raises SaveFailed if it is not."""
+        while self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(0.005)
+        self.check()
+        with self._failing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, then let go of the manager's threads."""
         self._manager.close()
+        logging.getLogger("absl").removeFilter(self._failures)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turn what goes wrong with a save into SaveFailed: Orbax's errors have no common type."""
+        try:
+            yield
+        except (DamagedCheckpoint, SaveFailed):
+            raise
+        except Exception as error:
+            last = last_saved(self.folder)
+            raise SaveFailed(f"cannot save in {self.folder}: {reason_of(error)}; saved last: {last}") from error
 
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
@@ -188,7 +242,7 @@ class Checkpoints:
         Not done when a folder is opened, because a reader must not touch the save of a run that goes on.
         """
         if jax.process_index() == 0:
-            for unfinished in [] if self._saved else self.folder.glob("*.orbax-checkpoint-tmp*"):
+            for unfinished in [] if self._saved else found_in(self.folder)[1]:
                 shutil.rmtree(unfinished)
             for step in sorted(self._damaged):
                 aside = self.folder / f"damaged-{step}-{time.time_ns()}"
@@ -200,6 +254,34 @@ class Checkpoints:
             self._damaged.clear()
             self._manager.reload()
         self._saved = True
+
+
+def found_in(folder: Path) -> tuple[list[int], list[Path]]:
+    """Return the steps that have a checkpoint in a folder, oldest first, and what killed saves left there."""
+    found = list(folder.iterdir()) if folder.exists() else []
+    steps = sorted(int(path.name) for path in found if path.name.isdecimal())
+    return steps, [path for path in found if ".orbax-checkpoint-tmp" in path.name]
+
+
+def last_saved(folder: Path) -> str:
+    """Return `step 20`, the newest complete checkpoint of a folder, for a message."""
+    try:
+        steps, _ = found_in(folder)
+    except OSError as error:
+        return f"unknown ({error.strerror})"
+    return f"step {steps[-1]}" if steps else "none"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what the system had against a write, in its own words if an error or one of its causes holds them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if found := re.search(r"os_error_code='(\d+)'", str(cause)):  # TensorStore
+            return os.strerror(int(found[1]))
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def differing_fields(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -240,8 +322,27 @@ def _damage(what: str) -> Iterator[None]:
     except DamagedCheckpoint:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DamagedCheckpoint(f"{what}: {type(error).__name__}: {reason}") from error
+        cause: BaseException = error  # of Orbax's, which are long, the first one says it best
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())[:300]
+        raise DamagedCheckpoint(f"{what}: {reason}") from error
+
+
+@cache
+def _silence_abandoned_work() -> None:
+    """Do not let Python print what becomes of the reads and writes that Orbax abandons once one of them has failed: it
+    would be a stack for each, with pages of TensorStore's, beside the error that tells what has failed."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        read = code is not None and "orbax" in code.co_filename
+        write = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        if not read and not write:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _agreed[T](read: Callable[[], T]) -> T:
@@ -283,6 +384,15 @@ def _compare(where: str, saved: dict[str, list], wanted: dict[str, Any], partial
     if lines:
         more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise ValueError(f"{where} does not fit:\n  " + "\n  ".join(lines[:8]) + more)
+
+
+def _type_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Return how Orbax writes arrays: devices that hold the same share the writing of what is large. For this it
+    compiles a program for every part of every shape, which for small arrays costs seconds of the first save."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_WRITING)
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
 
 
 def _restore_as(leaf: Any) -> ocp.RestoreArgs:

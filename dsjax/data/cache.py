@@ -37,6 +37,9 @@ def digest_of_files(files: list[SourceFile], ledger: Path) -> str:
     Args:
         files: in the order that counts.
         ledger: JSON file that remembers digests; written atomically, and begun anew if it is damaged.
+
+    Raises:
+        ValueError: a file cannot be read.
     """
     try:
         known = json.loads(ledger.read_text())
@@ -51,8 +54,11 @@ def digest_of_files(files: list[SourceFile], ledger: Path) -> str:
         entry = known.get(str(file.path.absolute()))
         if isinstance(entry, list) and entry[:-1] == key:
             return entry[-1], entry
-        with open(file.path, "rb") as stream:
-            found = hashlib.file_digest(stream, _blake2b).hexdigest()
+        try:
+            with open(file.path, "rb") as stream:
+                found = hashlib.file_digest(stream, _blake2b).hexdigest()
+        except OSError as error:  # of a disk that fails, say, which names no file
+            raise ValueError(f"{file.path}: {error.strerror}") from error
         settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - _SETTLED_NS
         return found, [*key, found] if settled else []
 

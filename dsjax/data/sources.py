@@ -64,7 +64,7 @@ def source_files(config: DataConfig) -> list[SourceFile]:
             raise ValueError(f"data.source = 'python-stdlib': no .py file under {root}; set another data.source")
         return _named(files, root)
     where = f"data.path = {config.path!r}"
-    path = Path(config.path).expanduser()
+    path = expanded(config.path, "data.path")
     if path.is_file():
         return [SourceFile(path.name, path)]
     if path.is_dir():
@@ -83,6 +83,18 @@ def source_files(config: DataConfig) -> list[SourceFile]:
     if glob.has_magic(config.path):
         raise ValueError(f"{where}: the pattern matches no file")
     raise ValueError(f"{where}: no such file or folder")
+
+
+def expanded(path: str | Path, setting: str) -> Path:
+    """Returns the path that a setting names, with the home folder in place of `~`.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{setting} = {str(path)!r}: nobody here has that home folder") from None
 
 
 def documents(

@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from dsjax.data.sources import opened
+from dsjax.data.sources import expanded, opened
 
 BEGIN = "<｜begin▁of▁sentence｜>"
 END = "<｜end▁of▁sentence｜>"
@@ -90,7 +90,7 @@ class Tokenizer:
         Raises:
             ValueError: there is no such file, or it holds no tokenizer that can be used.
         """
-        path = Path(path).expanduser()
+        path = expanded(path, "data.tokenizer")
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"data.tokenizer = {str(path)!r}: no such file")

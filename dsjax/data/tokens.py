@@ -19,7 +19,7 @@ from jaxtyping import UInt
 
 from dsjax.config import DataConfig
 from dsjax.data.cache import digest, digest_of_files, sealed
-from dsjax.data.sources import Document, SourceFile, documents, source_files
+from dsjax.data.sources import Document, SourceFile, documents, expanded, source_files
 from dsjax.data.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -62,7 +62,12 @@ def load_tokens(config: DataConfig, vocab_size: int, progress: Progress | None =
             for one window of `sequence_length + 1` tokens per side, the tokenizer has no tokens for what is asked.
     """
     files = source_files(config)
-    cache = Path(config.cache).expanduser()
+    cache = expanded(config.cache, "data.cache")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}; name a folder, which is made if it is absent"
+        raise ValueError(f"data.cache = {config.cache!r}: {reason}") from None
     ledger = cache / f"ledger-{digest([str(file.path.absolute()) for file in files])}.json"
     source = digest_of_files(files, ledger)
     job = _Job(config, vocab_size, files, ledger, source, progress or (lambda stage, done, total: None))

@@ -70,12 +70,12 @@ def _attend_and_project(q, k, v, segments, o, scale):
     out, lse = chunked_forward(q, k, v, segments, scale)
     rows = out.reshape(-1, math.prod(out.shape[2:]))
     y = fp8.forward_product(rows, o).reshape(*out.shape[:2], -1)
-    return y, (q, k, v, segments, fp8.kept_in_12_bits(rows), lse, o.kept())
+    return y, (q, k, v, segments, fp8.kept_in_12_bits(rows, o.recipe), lse, o.kept())
 
 
 def _attend_and_project_backward(scale, residuals, dy):
     q, k, v, segments, packed, lse, o = residuals
-    rows, dy = fp8.from_12_bits(packed, v.dtype), dy.reshape(-1, dy.shape[-1])
+    rows, dy = fp8.from_12_bits(packed, v.dtype, o.recipe), dy.reshape(-1, dy.shape[-1])
     out, dout = (array.reshape(*q.shape[:3], -1) for array in (rows, fp8.input_gradient(dy, o)))
     dq, dk, dv = chunked_backward(q, k, v, segments, out, lse, dout, scale)
     return dq, dk, dv, None, o.gradient(fp8.weight_gradient(dy, rows, o))

@@ -43,13 +43,15 @@ def resolve(impl: AttentionKernel, platform: str, dtype: DTypeLike = jnp.bfloat1
         return {"gpu": "cudnn" if sixteen_bits else "chunked", "tpu": "splash"}.get(platform, "chunked")
     if impl == "cudnn" and not (platform == "gpu" and sixteen_bits):
         raise ValueError(
-            f"attention = 'cudnn' needs an NVIDIA GPU and bfloat16 or float16 inputs, not {platform} with "
+            f"kernels.attention = 'cudnn' needs an NVIDIA GPU and bfloat16 or float16 inputs, not {platform} with "
             f"{jnp.dtype(dtype).name}; 'chunked' runs everywhere"
         )
     if impl == "splash" and platform != "tpu":
-        raise ValueError(f"attention = 'splash' needs a TPU, not {platform}; 'chunked' runs everywhere")
+        raise ValueError(f"kernels.attention = 'splash' needs a TPU, not {platform}; 'chunked' runs everywhere")
     if impl == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        raise ValueError("attention = 'tokamax' needs the package tokamax, which is not installed")
+        raise ValueError(
+            "kernels.attention = 'tokamax' needs the package tokamax, which is not installed; 'auto' runs everywhere"
+        )
     return impl
 
 

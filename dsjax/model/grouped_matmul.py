@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from dsjax.config import GroupedMatmulKernel
+from dsjax.pallas.choice import NUM_SMS
 from dsjax.pallas.choice import resolve as resolve_for_hopper
 from dsjax.pallas.matmul.reference import TILE
 from dsjax.runtime import target_platform
@@ -126,8 +127,8 @@ def resolve(
     if impl == "mosaic" and not fits:
         here = f"{'Hopper' if on_hopper else platform}, {jnp.dtype(dtype).name} and {alignment}"
         raise ValueError(
-            f"grouped matmul 'mosaic' needs a Hopper GPU (H100, H200, H800), bfloat16 and alignment = {TILE}; "
-            f"here are {here}; 'auto' runs everywhere"
+            "kernels.grouped_matmul = 'mosaic' needs a Hopper GPU (H100, H200, H800), bfloat16 and alignment = "
+            f"{TILE}; here are {here}; 'auto' runs everywhere"
         )
     if impl != "auto":
         return impl
@@ -137,12 +138,19 @@ def resolve(
 
 
 def grouped_matmul(
-    x: Float[Array, "R K"], w: Float[Array, "G N K"], groups: Groups, impl: GroupedMatmulKernel = "auto"
+    x: Float[Array, "R K"],
+    w: Float[Array, "G N K"],
+    groups: Groups,
+    impl: GroupedMatmulKernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> Float[Array, "R N"]:
     """y = x @ w[g].T for the rows of each group g; zero in all other rows.
 
     Rows of `x` that belong to no group must be zero. Sums are in float32, the result in the type of `x`. The gradients
     of `x` and of `w` are separate equations, so that a pipeline can put off the second.
+
+    Args:
+        num_sms: multiprocessors that `mosaic` takes.
 
     Raises:
         ValueError: shapes that do not fit, or no such implementation here.
@@ -160,37 +168,42 @@ def grouped_matmul(
         alignment=groups.alignment,
         copied_bytes=copied_bytes,
     )
-    return _grouped_matmul(x, w, groups, resolved)
+    return _grouped_matmul(x, w, groups, resolved, num_sms)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x, w, groups, impl):
-    return _rows_times_matrices(x, w, groups, impl, contract=2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(x, w, groups, impl, num_sms):
+    return _rows_times_matrices(x, w, groups, impl, num_sms, contract=2)
 
 
-def _forward(x, w, groups, impl):
-    return _rows_times_matrices(x, w, groups, impl, contract=2), (x, w, groups)
+def _forward(x, w, groups, impl, num_sms):
+    return _rows_times_matrices(x, w, groups, impl, num_sms, contract=2), (x, w, groups)
 
 
-def _backward(impl, residuals, dy):
+def _backward(impl, num_sms, residuals, dy):
     x, w, groups = residuals
-    dx = _rows_times_matrices(dy, w, groups, impl, contract=1)
-    dw = _rows_times_rows(dy, x, groups, impl).astype(w.dtype)
+    dx = _rows_times_matrices(dy, w, groups, impl, num_sms, contract=1)
+    dw = _rows_times_rows(dy, x, groups, impl, num_sms).astype(w.dtype)
     return dx.astype(x.dtype), dw, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnames=("impl", "contract"))
+@functools.partial(jax.jit, static_argnames=("impl", "num_sms", "contract"))
 def _rows_times_matrices(
-    x: Float[Array, "R I"], w: Float[Array, "G N K"], groups: Groups, impl: GroupedMatmulKernel, contract: int
+    x: Float[Array, "R I"],
+    w: Float[Array, "G N K"],
+    groups: Groups,
+    impl: GroupedMatmulKernel,
+    num_sms: int,
+    contract: int,
 ) -> Float[Array, "R O"]:
     """x @ w[g].T (`contract` = 2) or x @ w[g] (`contract` = 1), row by row."""
     out_width = w.shape[3 - contract]
     match impl:
         case "mosaic" | "interpret":  # the latter for tests
-            return _kernels().grouped_matmul(x, w, groups.group_of_tile, contract=contract, impl=impl)
+            return _kernels().grouped_matmul(x, w, groups.group_of_tile, contract=contract, impl=impl, num_sms=num_sms)
         case "tiles":
             y = jnp.zeros((groups.rows, out_width), x.dtype)
             for size, (starts, group_of_block, count) in zip(groups.block_sizes, groups.blocks, strict=True):
@@ -217,15 +230,15 @@ def _rows_times_matrices(
             return jnp.where(jnp.arange(groups.rows)[:, None] < groups.padded_sizes.sum(), y, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("impl",))
+@functools.partial(jax.jit, static_argnames=("impl", "num_sms"))
 def _rows_times_rows(
-    dy: Float[Array, "R N"], x: Float[Array, "R K"], groups: Groups, impl: GroupedMatmulKernel
+    dy: Float[Array, "R N"], x: Float[Array, "R K"], groups: Groups, impl: GroupedMatmulKernel, num_sms: int
 ) -> Float[Array, "G N K"]:
     """dy.T @ x of each group's rows, in float32. Zero rows of `x` count for nothing, whatever `dy` holds there."""
     num_groups = groups.sizes.shape[0]
     match impl:
         case "mosaic" | "interpret":
-            return _kernels().grouped_wgrad(dy, x, groups.padded_sizes, impl=impl)
+            return _kernels().grouped_wgrad(dy, x, groups.padded_sizes, impl=impl, num_sms=num_sms)
         case "tiles":
             dw = jnp.zeros((num_groups, dy.shape[1], x.shape[1]), jnp.float32)
             for size, (starts, group_of_block, count) in zip(groups.block_sizes, groups.blocks, strict=True):

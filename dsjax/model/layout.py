@@ -4,7 +4,7 @@ Checkpoints, names and mathematics know the canonical layout. A training step ho
 it can loop over them and its compile time does not grow with depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,11 @@ def unstack(stacked: PyTree, config: ModelConfig, rows: Rows | None = None) -> P
     if "mtp" in stacked:
         canonical["mtp"] = {str(k): _slice(stacked["mtp"], k) for k in range(config.num_nextn_predict_layers)}
     return canonical
+
+
+def layers_of(stacked: PyTree, count: int) -> Iterator[PyTree]:
+    """Return what each of `count` layers has of stacked arrays, or of their shapes."""
+    return (_slice(stacked, at) for at in range(count))
 
 
 def _slice(group: PyTree, at: int) -> PyTree:

@@ -19,11 +19,12 @@ def cross_entropy(
     weights: Float[Array, " T"],
     *,
     chunk: int,
-) -> Float[Array, ""]:
-    """Return the weighted sum of -log softmax(head hidden)[target], float32.
+) -> tuple[Float[Array, ""], Float[Array, " T"]]:
+    """Return the weighted sum of -log softmax(head hidden)[target], float32, and each token's own, without weight.
 
     Float32 logits exist for `chunk` tokens at a time. Under differentiation the gradients are made in the same pass as
-    the loss, so that no logits are kept or computed twice: three products instead of four.
+    the loss, so that no logits are kept or computed twice: three products instead of four. The losses of tokens have no
+    gradient, and the head has one for all tokens: losses that have different weights in the end are one call.
 
     Args:
         weights: weight of each token's loss; 0 leaves the token out.
@@ -34,16 +35,19 @@ def cross_entropy(
     if padding := -tokens % chunk:
         hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
         targets, weights = jnp.pad(targets, (0, padding)), jnp.pad(weights, (0, padding))
-    return _cross_entropy(hidden, head, targets, weights, chunk)
+    total, losses = _cross_entropy(hidden, head, targets, weights, chunk)
+    return total, losses[:tokens]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> Array:
-    def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+def _cross_entropy(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
+    def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         _, log_normalizer, target_logit = _logits(*part[:2], head)
-        return total + jnp.sum(part[2] * (log_normalizer - target_logit)), None
+        losses = log_normalizer - target_logit
+        return total + jnp.sum(part[2] * losses), losses
 
-    return _over_chunks(body, jnp.float32(0), (hidden, targets, weights), chunk)[0]
+    total, losses = _over_chunks(body, jnp.float32(0), (hidden, targets, weights), chunk)
+    return total, losses.reshape(-1)
 
 
 def _cross_entropy_forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int):
@@ -60,11 +64,14 @@ def _cross_entropy_forward(hidden: Array, head: Array, targets: Array, weights: 
 
     start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
     (total, d_head), (d_hidden, losses) = _over_chunks(body, start, (hidden, targets, weights), chunk)
-    return total, (d_hidden.reshape(hidden.shape), d_head.astype(head.dtype), losses.reshape(-1))
+    losses = losses.reshape(-1)
+    # Rounded now: XLA would keep it in float32 for whoever reads it.
+    d_head = jax.lax.optimization_barrier(d_head.astype(head.dtype))
+    return (total, losses), (d_hidden.reshape(hidden.shape), d_head, losses)
 
 
-def _cross_entropy_backward(chunk: int, residuals: tuple[Array, Array, Array], dy: Array):
-    d_hidden, d_head, losses = residuals
+def _cross_entropy_backward(chunk: int, residuals: tuple[Array, Array, Array], cotangents: tuple[Array, Array]):
+    (d_hidden, d_head, losses), (dy, _) = residuals, cotangents
     return d_hidden * dy.astype(d_hidden.dtype), d_head * dy.astype(d_head.dtype), None, losses * dy
 
 

@@ -1,6 +1,7 @@
 """The mixture of experts: routed and shared experts, aux-loss-free balancing (DeepSeekMoE, report section 2.1.2)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -98,9 +99,12 @@ class RoutedExperts:
             return checkpoint_name(array, what) if named else array
 
         plan, rows, row_weights = dispatch(courier, x, weights, named=named)
-        rows, impl = name(rows, "dispatched"), self.runtime.grouped_matmul
+        rows = name(rows, "dispatched")
+        multiply = partial(
+            grouped_matmul, groups=plan.groups, impl=self.runtime.grouped_matmul, num_sms=self.runtime.num_sms
+        )
         matrices = gate_up_matrix(self.params["gate_up"]), self.params["down"]
         gate_up, down = (matrix.astype(rows.dtype) for matrix in matrices)
-        activated = swiglu(name(grouped_matmul(rows, gate_up, plan.groups, impl=impl), "gate_up"))
+        activated = swiglu(name(multiply(rows, gate_up), "gate_up"))
         activated *= row_weights[:, None].astype(rows.dtype)
-        return combine(plan, grouped_matmul(activated, down, plan.groups, impl=impl)), plan
+        return combine(plan, multiply(activated, down)), plan

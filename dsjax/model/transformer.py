@@ -5,6 +5,7 @@ Letters of shapes, here and in all of `model/`:
     H heads       E routed experts         K experts per token   F inner width   R rows grouped by expert
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from dsjax.config import ModelConfig
 from dsjax.model.block import Block, block_function
 from dsjax.model.context import Context, context
 from dsjax.model.layers import RouterBias, cast_weights, embedding, linear, norm_weight, rms_norm, weight
-from dsjax.model.layout import Rows, stack
+from dsjax.model.layout import Rows, layers_of, stack
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import MoEAux
 from dsjax.model.mtp import MTP, mtp
@@ -123,18 +124,19 @@ def hidden_states(
         params: stacked, weights in the compute format.
         biases: router biases, stacked.
     """
-    x = dense_layers(params, x, ctx, config=config, runtime=runtime)
+    dense = layers_of(params.get("dense", {}), config.first_k_dense_replace)
+    x = dense_layers(dense, x, ctx, config=config, runtime=runtime)
     x, aux = moe_layers(params, biases, x, ctx, config=config, runtime=runtime)
     return rms_norm(x, params["norm"], config.rms_norm_eps), aux
 
 
 def dense_layers(
-    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig, runtime: Runtime
+    layers: Iterable[PyTree], x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig, runtime: Runtime
 ) -> Float[Array, "B S D"]:
-    """Run the first layers, which have a dense network."""
+    """Run the first layers, which have a dense network, from the parameters of each."""
     block = block_function(config, runtime)
-    for i in range(config.first_k_dense_replace):
-        x, _ = block(jax.tree.map(lambda leaf, i=i: leaf[i], params["dense"]), x, ctx)
+    for params in layers:
+        x, _ = block(params, x, ctx)
     return x
 
 
@@ -171,8 +173,10 @@ def logits(params: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*b
 
 
 class Losses(NamedTuple):
-    """The parts of the training loss of a batch, and what the routers report."""
+    """The training loss of a batch, its parts, and what the routers report."""
 
+    objective: Float[Array, ""]
+    """Main loss plus weighted MTP loss; the only one with a gradient."""
     main: Float[Array, ""]
     """Mean cross-entropy of the next token, in nats."""
     mtp: Float[Array, ""]
@@ -190,7 +194,7 @@ def losses(
     runtime: Runtime,
     segments: Int[Array, "B S"] | None = None,
     balance_weight: Float[Array, ""] | float = 0.0,
-    with_mtp: bool = True,
+    mtp_weight: Float[Array, ""] | float | None = 0.0,
 ) -> Losses:
     """Return the losses of windows of S + 1 tokens, of which the last is a target only.
 
@@ -200,17 +204,16 @@ def losses(
         params: stacked; weights are cast to the compute format here, once.
         biases: router biases, stacked.
         segments: document of each token, where attention is to stop at document borders.
+        mtp_weight: of the MTP loss in the objective; None leaves MTP modules out.
     """
     params = quantize_weights(cast_weights(params, runtime.compute_dtype), runtime.recipe)
     ctx = context(config, tokens.shape[1] - 1, segments=segments, balance_weight=balance_weight)
-    x = dense_layers(params, params["embed"][tokens[:, :-1]], ctx, config=config, runtime=runtime)
+    dense = layers_of(params.get("dense", {}), config.first_k_dense_replace)
+    x = dense_layers(dense, params["embed"][tokens[:, :-1]], ctx, config=config, runtime=runtime)
     x, aux = moe_layers(params, biases, x, ctx, config=config, runtime=runtime)
-    main, mtp_loss, mtp_aux = predictions(
-        params, biases, x, tokens, ctx, config=config, runtime=runtime, with_mtp=with_mtp
-    )
-    if aux is not None and mtp_aux is not None:
-        aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), aux, mtp_aux)
-    return Losses(main, mtp_loss, mtp_aux if aux is None else aux)
+    found = predictions(params, biases, x, tokens, ctx, config=config, runtime=runtime, mtp_weight=mtp_weight)
+    every = [part for part in (aux, found.aux) if part is not None]
+    return found._replace(aux=jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every) if every else None)
 
 
 def predictions(
@@ -222,36 +225,42 @@ def predictions(
     *,
     config: ModelConfig,
     runtime: Runtime,
-    with_mtp: bool = True,
-) -> tuple[Float[Array, ""], Float[Array, ""], MoEAux | None]:
-    """Return the main and the MTP loss of the states that the last main layer leaves, and the MTP modules' report.
+    mtp_weight: Float[Array, ""] | float | None = 0.0,
+) -> Losses:
+    """Return the losses of the states that the last main layer leaves, and the report of the MTP modules alone.
 
     Args:
         params: stacked, weights in the compute format; embedding, final norm, head and MTP modules are used.
+        mtp_weight: see `losses`.
     """
-    batch, length = tokens.shape[0], tokens.shape[1] - 1
-
-    def mean_loss(hidden: Float[Array, "B S D"], ahead: int) -> Float[Array, ""]:
-        """Return the cross-entropy of the token `ahead` further than the next one, divided by all S positions."""
-        targets = jnp.pad(tokens[:, 1 + ahead :], ((0, 0), (0, ahead)))
-        has_target = jnp.arange(length) < length - ahead
-        weights = jnp.broadcast_to(has_target / (batch * length), (batch, length))
-        flat = hidden.reshape(batch * length, -1)
-        return cross_entropy(flat, params["head"], targets.ravel(), weights.ravel(), chunk=runtime.loss_chunk)
-
-    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
-    main, depth = mean_loss(hidden, 0), config.num_nextn_predict_layers
-    if not (with_mtp and depth):
-        return main, jnp.float32(0), None
-
-    block, mtp_losses, all_aux = block_function(config, runtime), [], []
-    embedded = params["embed"][tokens[:, 1:]]
+    depth = config.num_nextn_predict_layers if mtp_weight is not None else 0
+    states, all_aux = [rms_norm(x, params["norm"], config.rms_norm_eps)], []
+    block = block_function(config, runtime)
+    embedded = params["embed"][tokens[:, 1:]] if depth else None
     for k in range(depth):
         module, bias = jax.tree.map(lambda leaf, k=k: leaf[k], (params["mtp"], biases.get("mtp", {})))
         # Position i embeds token i + k + 1; the last k positions have none, and no target either.
         ahead = jnp.pad(embedded[:, k:], ((0, 0), (0, k), (0, 0)))
         layer_ctx = ctx.for_layer(bias_of(bias.get("block", {})))
-        hidden, module_aux = mtp(module, hidden, ahead, layer_ctx, block, config=config)
-        mtp_losses.append(mean_loss(hidden, k + 1))
+        hidden, module_aux = mtp(module, states[-1], ahead, layer_ctx, block, config=config)
+        states.append(hidden)
         all_aux.append(module_aux)
-    return main, sum(mtp_losses) / depth, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_aux)
+
+    # State k predicts the token k further than the next one, where there is one; sums are divided by all S positions.
+    batch, length = tokens.shape[0], tokens.shape[1] - 1
+    targets = [jnp.pad(tokens[:, 1 + k :], ((0, 0), (0, k))) for k in range(1 + depth)]
+    shares = jnp.arange(length) < length - jnp.arange(1 + depth)[:, None]
+    shares = jnp.broadcast_to(shares[:, None] / (batch * length), (1 + depth, batch, length))
+    of_losses = jnp.asarray([1.0] + [mtp_weight / depth for _ in range(depth)], jnp.float32)
+    objective, token_losses = cross_entropy(
+        jnp.concatenate([state.reshape(batch * length, -1) for state in states]),
+        params["head"],
+        jnp.stack(targets).ravel(),
+        (shares * of_losses[:, None, None]).ravel(),
+        chunk=runtime.loss_chunk,
+    )
+    main, *mtp_losses = (token_losses.reshape(shares.shape) * shares).sum((1, 2))
+    mtp_loss = sum(mtp_losses, jnp.float32(0)) / max(depth, 1)
+    return Losses(
+        objective, main, mtp_loss, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_aux) if depth else None
+    )

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dsjax.pallas.quantize.reference import LARGEST
 
@@ -33,6 +34,20 @@ class Statistics(NamedTuple):
     """Of the numbers that are not zero, the share that became zero."""
     saturation: Float[Array, ""]
     """Of the same, the share whose code is E4M3's largest: one per tile is as it should be."""
+
+
+class Counts(NamedTuple):
+    """How many numbers of a tensor met what fate, float32: of large models there are more than an int32 counts."""
+
+    there: Float[Array, "*d"]
+    """Not zero."""
+    to_zero: Float[Array, "*d"]
+    """Of these, those whose code is zero: too small beside the largest of their tile."""
+    largest: Float[Array, "*d"]
+    """Codes at E4M3's largest. A tile's scale brings its largest number there, and nothing beyond: one per tile is as
+    it should be, and more are the mark of saturation."""
+    not_finite: Float[Array, "*d"]
+    """Codes that are NaN."""
 
 
 Observations = dict[tuple[str, Role], Statistics]
@@ -68,6 +83,17 @@ def observe(name: str, role: Role, x: Float[Array, "..."], codes: Array, near: F
 def is_observed() -> bool:
     """Return whether somebody observes."""
     return _found.get() is not None
+
+
+def counts(x: Float[Array, "*d"], codes: Array) -> Counts:
+    """Return what became of a tensor's numbers, in one reading of both."""
+
+    def count(what: Bool[Array, "*d"]) -> Float[Array, ""]:
+        return what.sum(-1, dtype=jnp.int32).astype(jnp.float32).sum()
+
+    # By the bits of E4M3 without the sign, for on a CPU its numbers are slow to read: 0 is 0, 126 is 448, 127 is NaN.
+    there, bits = x != 0, jax.lax.bitcast_convert_type(codes, jnp.uint8) & 0x7F
+    return Counts(count(there), count(there & (bits == 0)), count(bits == 0x7E), count(bits == 0x7F))
 
 
 def statistics(x: Float[Array, "..."], codes: Array, near: Float[Array, "..."]) -> Statistics:

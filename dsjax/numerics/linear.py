@@ -26,6 +26,7 @@ from dsjax.numerics.quantized import (
 )
 from dsjax.numerics.weights import Fp8Weight
 from dsjax.pallas.quantize import api as quantizers
+from dsjax.runtime import Recipe
 
 
 def linear(x: Float[Array, "*batch I"], w: Fp8Weight) -> Float[Array, "*batch O"]:
@@ -58,12 +59,12 @@ def _output_projection(x, w):
 
 
 def _output_projection_forward(x, w):
-    return forward_product(x, w), (kept_in_12_bits(x), w.kept())
+    return forward_product(x, w), (kept_in_12_bits(x, w.recipe), w.kept())
 
 
 def _output_projection_backward(residuals, dy):
     packed, w = residuals
-    x = from_12_bits(packed, dy.dtype)
+    x = from_12_bits(packed, dy.dtype, w.recipe)
     return input_gradient(dy, w), w.gradient(weight_gradient(dy, x, w))
 
 
@@ -109,14 +110,14 @@ def _feed_forward_backward(residuals, dy):
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
-def kept_in_12_bits(x: Float[Array, "M I"]) -> tuple[Array, Array]:
+def kept_in_12_bits(x: Float[Array, "M I"], recipe: Recipe) -> tuple[Array, Array]:
     """Return what a backward pass keeps of the output of attention, under its name."""
-    return named(quantizers.pack_e5m6(x), "attention_out")
+    return named(quantizers.pack_e5m6(x, impl=recipe.impl), "attention_out")
 
 
-def from_12_bits(packed: tuple[Array, Array], dtype: DTypeLike) -> Float[Array, "M I"]:
+def from_12_bits(packed: tuple[Array, Array], dtype: DTypeLike, recipe: Recipe) -> Float[Array, "M I"]:
     """Return what `kept_in_12_bits` kept."""
-    return quantizers.unpack_e5m6(*packed).astype(dtype)
+    return quantizers.unpack_e5m6(*packed, dtype=dtype, impl=recipe.impl)
 
 
 def forward_product(x: Float[Array, "M I"], w: Fp8Weight) -> Float[Array, "M O"]:

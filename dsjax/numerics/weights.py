@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, PyTree
 
-from dsjax.numerics.instruments import is_observed, observe
+from dsjax.numerics.instruments import Counts, counts, is_observed, observe
 from dsjax.numerics.quantized import Quantized, dequantized
 from dsjax.pallas.quantize import api as quantizers
 from dsjax.runtime import Recipe
@@ -95,6 +95,26 @@ def _quantize(name: str, master: Array, recipe: Recipe) -> Fp8Weight:
     both = (quantizers.tiles(m, power_of_two=recipe.power_of_two, tile=recipe.tile) for m in (w, w.swapaxes(-1, -2)))
     (codes, scales), (transposed_codes, transposed_scales) = both
     return Fp8Weight(master, codes, scales, transposed_codes, transposed_scales, recipe, name, dtype, pair)
+
+
+def counts_of_weights(*trees: PyTree) -> dict[str, Counts]:
+    """Return what quantization did to weights, added up by kind (`attention.q_a`, `experts.down`), masters there."""
+    found: dict[str, Counts] = {}
+    for weight in jax.tree.leaves(trees, is_leaf=_is_quantized):
+        if _is_quantized(weight):
+            kind = ".".join(weight.name.split(".")[-2:])
+            new = counts(weight.master.reshape(weight.codes.shape), weight.codes)
+            found[kind] = jax.tree.map(jnp.add, found[kind], new) if kind in found else new
+    return found
+
+
+def with_recipe(quantized: PyTree, recipe: Recipe | None) -> PyTree:
+    """Return quantized weights with another recipe for their products; it quantizes as theirs did."""
+
+    def replaced(leaf: Fp8Weight) -> Fp8Weight:
+        return replace(leaf, recipe=recipe) if _is_quantized(leaf) else leaf
+
+    return jax.tree.map(replaced, quantized, is_leaf=_is_quantized)
 
 
 def apart(params: PyTree) -> tuple[PyTree, PyTree]:

@@ -28,7 +28,7 @@ def resolve(impl: Fp8Kernel) -> Fp8Kernel:
     if impl == "auto":
         return "mosaic" if _for_hopper() else "xla"
     if impl == "mosaic" and not _for_hopper():
-        raise ValueError("FP8 kernels 'mosaic' need a Hopper GPU (H100, H200, H800); 'xla' runs everywhere")
+        raise ValueError("kernels.fp8 = 'mosaic': they need a Hopper GPU (H100, H200, H800); 'xla' runs everywhere")
     return impl
 
 

@@ -1,31 +1,57 @@
-"""What the processes of a run must do once, or alike. With a single process everything here is immediate."""
+"""What the processes of a run must do once, or alike. With a single process everything here is immediate.
 
+Words are passed through the store of JAX's coordination service and not by collectives: these need as many devices in
+every process, and the same program, which is what words are to make sure of.
+"""
+
+import itertools
+import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src.distributed import global_state  # JAX has no public name for the store
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import UInt8
 
 from dsjax.parallel.mesh import AXES
 
-_LONGEST_MESSAGE = 4096
+_PATIENCE = 7 * 24 * 3600 * 1000
+"""Milliseconds. Process 0 may make tokens of a corpus meanwhile; if it is lost, JAX ends those that wait."""
+_meetings = itertools.count()
+
+
+def own_process() -> int:
+    """Return the number of this process; unlike `jax.process_index` it needs no devices."""
+    return global_state.process_id
+
+
+def gather(record: Any) -> list[Any]:
+    """Return what every process gives, by process; to be called by all, in the same order. Values are those of JSON."""
+    if global_state.num_processes == 1:
+        return [record]
+    client, key = global_state.client, f"dsjax/{next(_meetings)}"
+    client.key_value_set(f"{key}/{own_process()}", json.dumps(record))
+    client.wait_at_barrier(f"{key}/given", _PATIENCE)
+    found = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(f"{key}/")}
+    # If one of them fails over what it reads, it does not take the store away before the others have read too.
+    client.wait_at_barrier(f"{key}/taken", _PATIENCE)
+    return [found[process] for process in range(global_state.num_processes)]
 
 
 def on_first(act: Callable[[], None]) -> None:
     """Run `act` on process 0 while the others wait; if it raises ValueError or OSError there, all raise ValueError."""
-    if jax.process_count() == 1:
+    if global_state.num_processes == 1:
         act()
         return
-    message = ""
-    if jax.process_index() == 0:
+    message = None
+    if own_process() == 0:
         try:
             act()
         except (ValueError, OSError) as error:
             message = str(error) or "no reason given"
-    message = bytes(multihost_utils.broadcast_one_to_all(_as_numbers(message))).rstrip(b"\0").decode(errors="ignore")
+    message = gather(message)[0]
     if message:
         raise ValueError(message)
 
@@ -36,19 +62,10 @@ def require_same(value: str, what: str) -> None:
     Args:
         what: it is, for the message.
     """
-    if jax.process_count() == 1:
-        return
-    own = _as_numbers(value)
-    differing = (multihost_utils.process_allgather(own) != multihost_utils.broadcast_one_to_all(own)).any(axis=1)
-    if differing.any():
-        who = ", ".join(map(str, np.flatnonzero(differing)))
-        raise ValueError(f"{what}: not the same in process {who} as in process 0")
-
-
-def _as_numbers(text: str) -> UInt8[np.ndarray, " bytes"]:
-    """Return a text's bytes in an array of one length for all, as collectives want it; what is too long is cut."""
-    encoded = text.encode()[:_LONGEST_MESSAGE]
-    return np.pad(np.frombuffer(encoded, np.uint8), (0, _LONGEST_MESSAGE - len(encoded)))
+    values = gather(value)
+    differing = [process for process, other in enumerate(values) if other != values[0]]
+    if differing:
+        raise ValueError(f"{what}: not the same in process {', '.join(map(str, differing))} as in process 0")
 
 
 class Vote:

@@ -21,6 +21,8 @@ from typing import Literal, NoReturn
 
 from rich.console import Console
 
+from dsjax.settings import in_one_line
+
 COORDINATOR, PROCESSES, PROCESS = "DSJAX_COORDINATOR", "DSJAX_PROCESSES", "DSJAX_PROCESS"
 """Environment variables of what the options say; `launch/jobset.yaml` and `dsjax.launch` set them."""
 
@@ -135,8 +137,8 @@ def console_of_process() -> Console:
 
 
 def process_prefix() -> str:
-    """What stands before an error: `process 1: `, or nothing for a process that is alone."""
-    return f"process {_joined.process}: " if _joined and _joined.processes > 1 else ""
+    """What stands before an error: `process 1 (node1): `, or nothing for a process that is alone."""
+    return f"process {_joined.process} ({socket.gethostname()}): " if _joined and _joined.processes > 1 else ""
 
 
 @contextmanager
@@ -144,25 +146,75 @@ def errors_of_process() -> Iterator[None]:
     """Inside, an error that ends one process of several names the process, and ends it at once.
 
     JAX has a process that exits wait for the others, which wait for it in a collective: nobody would notice. So this
-    one leaves without the cleanup that Python does at exit. For a process that is alone nothing changes.
+    one leaves without the cleanup that Python does at exit. What ends all processes alike is said by process 0 only.
+    For a process that is alone nothing changes.
     """
     try:
         yield
     except BaseException as error:
         if processes() == 1:
             raise
-        match error:
-            case SystemExit():
-                status = error.code
-                if not status:
-                    raise
-            case ValueError() | OSError():
-                status = 2
-                print(f"dsjax: {process_prefix()}{' '.join(str(error).split())}", file=sys.stderr)
-            case _:
-                status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-                print(f"dsjax: {process_prefix()}{traceback.format_exc()}", end="", file=sys.stderr)
+        status = _status(error)
+        if not status:
+            raise
+        if message := _message(error):
+            _say_once(message)
         leave(status)
+
+
+def _status(error: BaseException) -> int:
+    """The exit status of a process that an error ends; 2 is for what would be the same at the next start."""
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case ValueError() | OSError() if not _SIGNS_OF_LOSS.search(str(error)):
+            return 2
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+    return 1
+
+
+def _message(error: BaseException) -> str:
+    """What is to be said of an error; empty where it has been said."""
+    text = in_one_line(error)
+    if _SIGNS_OF_LOSS.search(text):
+        # Whoever started the processes knows which one is lost, and ends this one meanwhile.
+        time.sleep(_SECONDS_TO_BE_ENDED)
+        return f"another process is lost, or does not answer: {text[:300]}"
+    if isinstance(error, SystemExit):
+        return text.removeprefix("dsjax: ") if isinstance(error.code, str) else ""
+    return text if isinstance(error, ValueError | OSError) else traceback.format_exc().rstrip()
+
+
+_SIGNS_OF_LOSS = re.compile(
+    r"Gloo \w+ failed|NCCL|CoordinationService|[Hh]eartbeat|Connection (?:closed|reset) by peer|Barrier timed out"
+)
+"""In errors of collectives and of JAX's coordination service, which have no common type."""
+_SECONDS_TO_BE_ENDED = 5
+_SECONDS_OF_LAST_WORDS = 2
+
+
+def _say_once(message: str) -> None:
+    """Print an error on stderr, unless process 0 says the same."""
+    from jax._src.distributed import global_state  # JAX has no public name for the store
+
+    client, milliseconds = global_state.client, _SECONDS_OF_LAST_WORDS * 1000
+    if client is None:
+        print(f"dsjax: {process_prefix()}{message}", file=sys.stderr, flush=True)
+    elif is_first_process():
+        print(f"dsjax: {message}", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):  # only this process has failed, or the others say something else
+            client.key_value_set("dsjax/last words", message)
+            client.wait_at_barrier("dsjax/last words", milliseconds)
+            time.sleep(0.2)  # without process 0, JAX would abort the others with a C++ stack before they have left
+    else:
+        said = None
+        with suppress(RuntimeError):
+            said = client.blocking_key_value_get("dsjax/last words", milliseconds)
+        if said != message:
+            print(f"dsjax: {process_prefix()}{message}", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):
+            client.wait_at_barrier("dsjax/last words", milliseconds)
 
 
 def leave(status: int) -> NoReturn:
@@ -179,7 +231,8 @@ def simulate_devices(needed: int) -> bool:
     TPUs. Creates JAX's backend, and so comes after `start`, in all processes.
 
     Raises:
-        ValueError: the CPU has fewer devices, because their number is given or JAX was used before.
+        ValueError: the CPU has fewer devices, because their number is given or JAX was used before; or there is no
+            backend of the kind that JAX_PLATFORMS names.
     """
     import jax
 
@@ -190,13 +243,18 @@ def simulate_devices(needed: int) -> bool:
         # JAX that has been used refuses: clearing its backends would take compiled programs and arrays away.
         with suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", needed)
-    if jax.default_backend() != "cpu":
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # by an assertion JAX says that it lacks the package for them
+        asked = f"JAX_PLATFORMS = {jax.config.jax_platforms!r}: " if jax.config.jax_platforms else ""
+        raise ValueError(f"{asked}{(str(error) or 'JAX has no such devices here').strip().splitlines()[0]}") from None
+    if backend != "cpu":
         return False
     here = jax.local_device_count()
     if here < needed:
         raise ValueError(
-            f"each process needs {needed} devices and has {here}: start Python with JAX_NUM_CPU_DEVICES={needed}, "
-            "which simulates them on the CPU"
+            f"mesh: each process needs {needed} devices and has {here}: start Python with "
+            f"JAX_NUM_CPU_DEVICES={needed}, which simulates them on the CPU"
         )
     return needed > 1
 
@@ -247,29 +305,23 @@ def _join(place: Place, distributed: Distributed) -> None:
             _await_coordinator(place, deadline, distributed.timeout)
         else:
             _require_free_port(where)
-    complaint = threading.Timer(
+    impatience = complaint(
         max(deadline - time.monotonic(), 1),
-        _give_up,
-        [
-            f"dsjax: process {place.process}: after {distributed.timeout} s not all {place.processes} processes were "
-            f"at {where}: start processes 0 to {place.processes - 1}, or raise distributed.timeout"
-        ],
+        f"process {place.process}: after {distributed.timeout} s not all {place.processes} processes were "
+        f"at {where}: start processes 0 to {place.processes - 1}, or raise distributed.timeout",
     )
-    complaint.daemon = True
-    complaint.start()
     try:
-        jax.distributed.initialize(
-            num_processes=place.processes,
-            process_id=place.process,
-            # After the complaint, as the end of this one is an abort with a C++ stack.
-            initialization_timeout=distributed.timeout + 60,
-            heartbeat_timeout_seconds=distributed.heartbeat,
-            **how,
-        )
+        with impatience:
+            jax.distributed.initialize(
+                num_processes=place.processes,
+                process_id=place.process,
+                # After the complaint, as the end of this one is an abort with a C++ stack.
+                initialization_timeout=distributed.timeout + 60,
+                heartbeat_timeout_seconds=distributed.heartbeat,
+                **how,
+            )
     except jax.errors.JaxRuntimeError as error:
         raise OSError(f"process {place.process} cannot join the run at {where}: {error}") from None
-    finally:
-        complaint.cancel()
 
 
 def _slurm_devices(environment: Mapping[str, str]) -> list[int]:
@@ -307,6 +359,21 @@ def _require_free_port(address: str) -> None:
         raise OSError(
             f"process 0 cannot listen at {address}: {os.strerror(error.errno)}; choose another port"
         ) from None
+
+
+@contextmanager
+def complaint(seconds: float, message: str) -> Iterator[None]:
+    """Inside, what lasts longer than so many seconds ends this process with a message and status 1.
+
+    For calls into JAX, which nothing else interrupts.
+    """
+    timer = threading.Timer(seconds, _give_up, [f"dsjax: {message}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _give_up(message: str) -> None:

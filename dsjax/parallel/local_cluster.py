@@ -3,6 +3,7 @@
 import ctypes
 import os
 import queue
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from dsjax.parallel.hosts import COORDINATOR, PROCESS, PROCESSES
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINGER = 600  # seconds; a process that waited at exit for others that were gone has been seen to hang
+_MOMENT = 0.05  # seconds; JAX ends a process so long after the coordinator is lost, with a C++ stack
+_REFUSED = 2  # exit status, see `hosts.errors_of_process`
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -36,45 +39,70 @@ class Options:
     """Devices of each: its part of the visible GPUs, simulated CPU devices where there are none; 0 for an equal part
     of the GPUs, or one CPU device."""
     restarts: int = 0
-    """How often all are started again after one has failed; a run goes on from its last checkpoint."""
-    grace: int = 10
-    """Seconds that the others have to end by themselves once one has failed."""
+    """How often all are started again after one has failed; a run goes on from its last checkpoint. Not after exit
+    status 2, with which a process refuses what would be refused again."""
+    fallback_processes: int = 0
+    """How many start once more when restarts are used up or of no use, as on a machine that has lost a GPU."""
+    fallback: str = ""
+    """What is added to the options of train then, in one word: `--fallback="--mesh.data 1"`."""
+    grace: int = 3
+    """Seconds that the others have to end by themselves once one has failed; none if it was killed, for they cannot go
+    on or save without it."""
     module: str = "dsjax.train"
     """What each process runs, as `python -m` would."""
 
     def __post_init__(self) -> None:
-        for name, low in (("processes", 1), ("devices_per_process", 0), ("restarts", 0), ("grace", 0)):
+        lows = {"processes": 1, "devices_per_process": 0, "restarts": 0, "fallback_processes": 0, "grace": 0}
+        for name, low in lows.items():
             if getattr(self, name) < low:
                 hint = ", before the run: --processes 2 configs/tiny.toml" if name == "processes" else ""
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {low}{hint}")
+        if self.fallback and not self.fallback_processes:
+            raise ValueError(f"fallback = {self.fallback!r}: also needs --fallback-processes, how many start with it")
 
 
 def launch(command: Sequence[str], options: Options) -> int:
     """Run a command in several processes that `parallel.hosts.start` joins, from the main thread.
 
     Returns:
-        0 if all processes succeeded; otherwise the exit status of the one that failed first, 128 + its number for a
-        signal.
+        Of the last start: 0 if all processes succeeded; otherwise the exit status of the one that failed first,
+        128 + its number for a signal.
 
     Raises:
         ValueError: the machine has too few GPUs.
         OSError: the command cannot be started.
     """
-    gpus = _divide(_visible_gpus(os.environ), options)
+    gpus = _visible_gpus(os.environ)
+    starts = [(list(command), options)] * (options.restarts + 1)
+    if options.fallback_processes:
+        fewer = replace(options, processes=options.fallback_processes)
+        starts.append(([*command, *shlex.split(options.fallback)], fewer))
+    for _, each in starts:
+        _divide(gpus, each)
     inbox: queue.SimpleQueue[_Exit | signal.Signals] = queue.SimpleQueue()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number in _SIGNALS:
         if before[number] is not signal.SIG_IGN:  # a shell's background job is to outlive its Ctrl-C
             signal.signal(number, lambda number, _: inbox.put(signal.Signals(number)))
     try:
-        restarts = 0
+        at = 0
         while True:
-            run = _Run(command, options, gpus, inbox)
+            words, of_start = starts[at]
+            run = _Run(words, of_start, _divide(gpus, of_start), inbox)
             status = run.to_the_end()
-            if status == 0 or run.interrupted or restarts == options.restarts:
+            last = len(starts) - 1
+            if status == 0 or run.interrupted or at == last:
                 return status
-            restarts += 1
-            _say(f"starting all again, {restarts} of {options.restarts}")
+            if status == _REFUSED and at < options.restarts:
+                if not options.fallback_processes:
+                    return status
+                at = last
+            else:
+                at += 1
+            if at > options.restarts:
+                _say(f"starting {options.fallback_processes} of {options.processes} {options.fallback}".rstrip())
+            else:
+                _say(f"starting all again, {at} of {options.restarts}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -91,6 +119,9 @@ class _Run:
         self.options, self.inbox = options, inbox
         self.interrupted = False
         self.status = 0
+        self.failures: dict[int, int] = {}
+        """Exit codes other than 0, the first to come first."""
+        self.quiet = threading.Event()
         self.deadline: float | None = None
         self.children: dict[int, subprocess.Popen] = {}
         address = f"127.0.0.1:{_free_port()}"
@@ -103,7 +134,7 @@ class _Run:
             raise
         # Threads come last: a process that has some is no safe place to start another from.
         self.readers = [
-            threading.Thread(target=_forward, args=(child, process), daemon=True)
+            threading.Thread(target=_forward, args=(child, process, self.quiet), daemon=True)
             for process, child in self.children.items()
             if child.stdout
         ]
@@ -130,6 +161,8 @@ class _Run:
                     self._interrupt(event)
             for reader in self.readers:
                 reader.join()
+            if self.failures and not self.quiet.is_set():
+                self._name_the_first()
             return self.status
         finally:
             self._send(signal.SIGKILL)
@@ -148,23 +181,45 @@ class _Run:
         child = self.children.pop(process)
         _signal_group(child, signal.SIGKILL)  # what it started itself
         code = child.wait()
-        if code and not self.status:
-            self.status = code if code > 0 else 128 - code
-            how = f"exit status {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-            _say(f"process {process} ended with {how}{'; ending the others' if self.children else ''}")
+        if not code:
+            if self.deadline is None:
+                self.deadline = time.monotonic() + _LINGER
+            return
+        self.failures[process] = code
+        if self.quiet.is_set():
+            return
+        self.status = self.status or (code if code > 0 else 128 - code)
+        if code < 0 or process == 0:  # JAX ends the others when its coordinator is gone
+            self._end_the_others()
+        elif len(self.failures) == 1:
             self.deadline = time.monotonic() + self.options.grace
-            self._send(signal.SIGTERM)
-        elif self.deadline is None:
-            self.deadline = time.monotonic() + _LINGER
 
     def _kill(self) -> None:
         """The time to end is over."""
-        if not self.status:
-            self.status = 1
-            left = ", ".join(map(str, self.children))
-            _say(f"the others finished {_LINGER} s ago: killing {left}")
         self.deadline = None
+        if self.failures:
+            self._end_the_others()
+            return
+        self.status = 1
+        left = ", ".join(map(str, self.children))
+        _say(f"the others finished {_LINGER} s ago: killing {left}")
+        self.quiet.set()
         self._send(signal.SIGKILL)
+
+    def _end_the_others(self) -> None:
+        """Kill at once: they are in the middle of a step that needs all. What they say to it is of no interest."""
+        self.quiet.set()
+        self._send(signal.SIGKILL)
+        self._name_the_first()
+
+    def _name_the_first(self) -> None:
+        codes = set(self.failures.values())
+        process, code = next(iter(self.failures.items()))
+        how = f"exit status {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        if len(self.failures) == self.options.processes > 1 and len(codes) == 1:
+            _say(f"all processes ended with {how}")
+        else:
+            _say(f"process {process} ended with {how}{'; ending the others' if self.children else ''}")
 
     def _send(self, number: signal.Signals) -> None:
         for child in self.children.values():
@@ -242,9 +297,19 @@ def _start(command: Sequence[str], process: int, environment: dict[str, str]) ->
     )
 
 
-def _forward(child: subprocess.Popen, process: int) -> None:
-    for line in child.stdout:
-        sys.stderr.buffer.write(f"[{process}] ".encode() + line.rstrip(b"\n") + b"\n")
+def _forward(child: subprocess.Popen, process: int, quiet: threading.Event) -> None:
+    """Pass on lines, a moment late: those of a process that is about to be killed, over the loss of another, are not
+    wanted."""
+    begun = b""
+    while chunk := os.read(child.stdout.fileno(), 1 << 16):
+        *lines, begun = (begun + chunk).split(b"\n")
+        if quiet.wait(_MOMENT):
+            begun = b""
+            continue  # to the end, so that nobody waits for a full pipe
+        sys.stderr.buffer.write(b"".join(f"[{process}] ".encode() + line + b"\n" for line in lines))
+        sys.stderr.buffer.flush()
+    if begun:
+        sys.stderr.buffer.write(f"[{process}] ".encode() + begun + b"\n")
         sys.stderr.buffer.flush()
 
 

@@ -6,9 +6,10 @@ gathers the weights of a step from the parts, and gets its part of the gradients
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -66,6 +67,13 @@ class Partition:
             if axis is not None:
                 axes[axis] = names
         return PartitionSpec(*axes)
+
+    def of_layer(self) -> "Partition":
+        """Return how one layer of an array of stacked layers is divided."""
+        axes = {
+            name: axis if (axis := getattr(self, name)) is None else axis - 1 for name in ("owned_axis", "zero_axis")
+        }
+        return replace(self, stages=(), **axes)
 
 
 def partition(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> Partition:
@@ -145,9 +153,10 @@ def gather(params: PyTree, partitions: PyTree) -> PyTree:
 
 
 def reduce_scatter(grads: PyTree, partitions: PyTree) -> PyTree:
-    """Inside `shard_map`: return each device's part of the sum of the gradients of all devices that use a weight."""
+    """Inside `shard_map`: return each device's part of the sum, in float32, of all gradients of a weight."""
 
     def one(grad: Array, at: Partition) -> Array:
+        grad = grad.astype(jnp.float32)
         if at.zero_axis is not None:
             grad = lax.psum_scatter(grad, at.zero, scatter_dimension=at.zero_axis, tiled=True)
         return lax.psum(grad, at.copies) if at.copies else grad

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from dsjax.config import Config
 from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
+from dsjax.model.layout import layers_of
 from dsjax.model.transformer import dense_layers, predictions
 from dsjax.numerics.weights import apart, quantize_weights
 from dsjax.parallel.sharding import gather
@@ -82,13 +83,15 @@ def losses_of_device(
 
             def embed(window=window, ctx=ctx) -> Array:
                 own = gathered(FIRST)
-                return dense_layers(own, own["embed"][window[:, :-1]], ctx, config=model, runtime=runtime)
+                dense = layers_of(own.get("dense", {}), model.first_k_dense_replace)
+                return dense_layers(dense, own["embed"][window[:, :-1]], ctx, config=model, runtime=runtime)
 
             x = lax.cond(stage[slot] == 0, embed, lambda slot=slot: arrived[slot])
             y = run_layers_of(slot, x, ctx)
 
             def finish(y=y, window=window, ctx=ctx) -> tuple[Array, Array]:
-                return predictions(gathered(LAST), biases, y, window, ctx, config=model, runtime=runtime)[:2]
+                found = predictions(gathered(LAST), biases, y, window, ctx, config=model, runtime=runtime)
+                return found.main, found.mtp
 
             zeros = (jnp.float32(0), jnp.float32(0))
             found = lax.cond((stage[slot] == route.stages - 1) & in_use, finish, lambda zeros=zeros: zeros)

@@ -36,13 +36,9 @@ class Model(NamedTuple):
     context: Callable[[int, int, Array], PyTree]
     """`(slot, place, micro_batch) -> ctx`."""
     embed: Callable[[PyTree, Array], PyTree]
-    """What the first stage begins with: `(edges, micro_batch) -> x`."""
+    """What the first stage begins with: `(edges, micro_batch) -> x`; without collectives over the pipe axis."""
     finish: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
     """What the last stage ends with: `(edges, y, micro_batch) -> (objective, report)`."""
-    gather: Callable[[PyTree], PyTree]
-    """Edges as they compute from edges as they are held; without collectives over the pipe axis."""
-    reduce: Callable[[PyTree], PyTree]
-    """The transpose: gradients as they are held."""
     first: tuple[str, ...]
     """Names of the edges that `embed` uses."""
     last: tuple[str, ...]
@@ -105,11 +101,12 @@ class Executor:
         self.row_of_rank = lax.axis_index(AXIS)
         none = jnp.zeros((), jnp.int32)
         self.pieces: SplitVJP = split_vjp(model.chunk, weights[0][0], x, model.context(0, 0, none))
+        # Traced and lowered once, however many branches run them; a pair has to see their equations.
+        self.alone = SplitVJP(**{name: jax.jit(f) if callable(f) else f for name, f in vars(self.pieces).items()})
+        self.embed, self.finish = jax.jit(model.embed), jax.jit(jax.grad(model.finish, argnums=(0, 1), has_aux=True))
         self.in_pairs = in_pairs or self
         assert self.in_pairs.pieces.residual_avals == self.pieces.residual_avals
-        self.report = jax.eval_shape(
-            lambda edges, y: model.finish(model.gather(edges), y, none)[1], self._edges(model.last), x
-        )
+        self.report = jax.eval_shape(lambda edges, y: model.finish(edges, y, none)[1], self._edges(model.last), x)
 
     def run(self) -> Results:
         """Return what the device has of a step."""
@@ -201,6 +198,7 @@ class Executor:
         """Return what a rank does in a tick: `(state, row) -> (state, {"activation": y, "gradient": dx})`."""
         is_pair = {Kind.F, Kind.B} <= {kind.role for kind, _ in opcode}
         runs = self.in_pairs if is_pair else self
+        pieces = runs.pieces if is_pair else runs.alone
 
         def branch(state: _State, row: Int[Array, " fields"]) -> tuple[_State, dict[str, PyTree]]:
             read: dict[Kind, Any] = {}
@@ -224,16 +222,18 @@ class Executor:
                 match kind:
                     case Kind.F:
                         with jax.named_scope("F"):
-                            state, sent["activation"] = runs._forward(state, row, slot, counts[slot], read[kind])
+                            state, sent["activation"] = runs._forward(
+                                state, row, slot, counts[slot], pieces, read[kind]
+                            )
                     case Kind.B | Kind.I:
                         with jax.named_scope(str(kind)):
-                            state, sent["gradient"] = runs._backward(state, row, slot, kind, *read[kind])
+                            state, sent["gradient"] = runs._backward(state, row, slot, kind, pieces, *read[kind])
                     case Kind.W:
                         with jax.named_scope("W"):
-                            state = runs._weights(state, row, slot, read[kind])
+                            state = runs._weights(state, row, slot, pieces, read[kind])
             return state, sent
 
-        return interleaved(branch) if is_pair else branch
+        return interleaved(jax.named_call(branch, name="pair")) if is_pair else branch
 
     def _has(self, stage: int, slot: int) -> bool:
         """Return whether any rank has a stage in a slot."""
@@ -244,19 +244,19 @@ class Executor:
         return max(map(max, self.program.stages))
 
     def _forward(
-        self, state: _State, row: Int[Array, " fields"], slot: int, count: int, x: PyTree
+        self, state: _State, row: Int[Array, " fields"], slot: int, count: int, pieces: SplitVJP, x: PyTree
     ) -> tuple[_State, PyTree]:
         model, micro_batch = self.model, row[Field.F_MICRO_BATCH]
         if self._has(0, slot):
 
             def embed() -> PyTree:
-                return model.embed(model.gather(self._edges(model.first)), micro_batch)
+                return self.embed(self._edges(model.first), micro_batch)
 
             x = self._only_if(row[Field.F_FIRST], embed, lambda: x)
         y = x
         for place in range(count):
             ctx = model.context(slot, place, micro_batch)
-            y, aux, residuals = self.pieces.fwd(self.weights[slot][place], y, ctx)
+            y, aux, residuals = pieces.fwd(self.weights[slot][place], y, ctx)
             results = state.results
             total = jax.tree.map(jnp.add, results.aux[slot][place], aux)
             state = replace(
@@ -275,8 +275,7 @@ class Executor:
         model, micro_batch, results = self.model, row[Field.F_MICRO_BATCH], state.results
 
         def last() -> tuple[PyTree, PyTree, PyTree]:
-            grad = jax.grad(model.finish, argnums=(0, 1), has_aux=True)
-            (d_edges, dy), report = grad(model.gather(self._edges(model.last)), y, micro_batch)
+            (d_edges, dy), report = self.finish(self._edges(model.last), y, micro_batch)
             return dy, self._with_edges(results, d_edges), jax.tree.map(jnp.add, results.report, report)
 
         def not_last() -> tuple[PyTree, PyTree, PyTree]:
@@ -290,16 +289,23 @@ class Executor:
         )
 
     def _backward(
-        self, state: _State, row: Int[Array, " fields"], slot: int, kind: Kind, residuals: tuple, dy: PyTree
+        self,
+        state: _State,
+        row: Int[Array, " fields"],
+        slot: int,
+        kind: Kind,
+        pieces: SplitVJP,
+        residuals: tuple,
+        dy: PyTree,
     ) -> tuple[_State, PyTree]:
         model, micro_batch, dx = self.model, row[Field.B_MICRO_BATCH], dy
         for place in reversed(range(len(residuals))):
             arguments = self.weights[slot][place], residuals[place], model.context(slot, place, micro_batch), dx
             if kind is Kind.B:
-                dx, grads = self.pieces.bwd(*arguments)
+                dx, grads = pieces.bwd(*arguments)
                 state = _add_grads(state, slot, place, grads)
             else:
-                dx, tape = self.pieces.bwd_input(*arguments)
+                dx, tape = pieces.bwd_input(*arguments)
                 state = replace(
                     state, tapes=_with(state.tapes, place, _put(state.tapes[place], tape, row[Field.B_TAPE]))
                 )
@@ -307,7 +313,7 @@ class Executor:
             results = state.results
 
             def first() -> PyTree:
-                edges = model.gather(self._edges(model.first))
+                edges = self._edges(model.first)
                 _, transpose = jax.vjp(lambda edges: model.embed(edges, micro_batch), edges)
                 return self._with_edges(results, transpose(dx)[0])
 
@@ -317,10 +323,10 @@ class Executor:
             state = replace(state, gradients=_put(state.gradients, dx, row[Field.B_TURN]))
         return state, dx
 
-    def _weights(self, state: _State, row: Int[Array, " fields"], slot: int, tapes: tuple) -> _State:
+    def _weights(self, state: _State, row: Int[Array, " fields"], slot: int, pieces: SplitVJP, tapes: tuple) -> _State:
         for place, tape in enumerate(tapes):
             ctx = self.model.context(slot, place, row[Field.W_MICRO_BATCH])
-            state = _add_grads(state, slot, place, self.pieces.bwd_weight(self.weights[slot][place], tape, ctx))
+            state = _add_grads(state, slot, place, pieces.bwd_weight(self.weights[slot][place], tape, ctx))
         return state
 
     def _edges(self, names: tuple[str, ...]) -> PyTree:
@@ -328,8 +334,8 @@ class Executor:
 
     def _with_edges(self, results: Results, grads: PyTree) -> PyTree:
         """Return the gradients of the edges with those of one more micro-batch."""
-        new = self.model.reduce(_float32(grads))
-        return results.edge_grads | jax.tree.map(jnp.add, {name: results.edge_grads[name] for name in new}, new)
+        before = {name: results.edge_grads[name] for name in grads}
+        return results.edge_grads | jax.tree.map(lambda total, new: total + new.astype(jnp.float32), before, grads)
 
     def _only_if(self, flag: Int[Array, ""], then: Callable[[], PyTree], otherwise: Callable[[], PyTree]) -> PyTree:
         """Branch on a flag of the table; with a single rank, which has all stages, there is nothing to ask."""
@@ -345,10 +351,6 @@ def _add_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
 
 def _with[T](values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
     return (*values[:at], value, *values[at + 1 :])
-
-
-def _float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _at(buffer: PyTree, slot: Int[Array, ""]) -> PyTree:

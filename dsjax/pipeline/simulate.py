@@ -23,8 +23,8 @@ class Cost:
     transfer: float = 0.0
     """From the end of an op until its result is at the next rank, which may compute meanwhile."""
 
-    def of(self, action: Action) -> float:
-        """The time of an action."""
+    def of(self, action: Action, rank: int = 0) -> float:
+        """The time of an action of a rank; here all ranks are alike."""
         kinds = sorted(op.kind for op in action)
         if kinds == [Kind.B, Kind.F] and self.overlapped is not None:
             return self.overlapped
@@ -88,7 +88,7 @@ def simulate(schedule: Schedule, cost: Cost | None = None) -> Timeline:
         for op in action:
             for need in schedule.needs(rank, op):
                 start = max(start, end[need] + (cost.transfer if need[1] != rank else 0.0))
-        free[rank] = start + cost.of(action)
+        free[rank] = start + cost.of(action, rank)
         spans.append(Span(rank, start, free[rank], action))
         end.update((event(rank, op), free[rank]) for op in action)
     return Timeline(schedule, tuple(spans))
@@ -264,7 +264,7 @@ def simulate_ticks(schedule: Schedule, ticks: tuple[Tick, ...], cost: Cost | Non
     for tick in ticks:
         for rank, bundle in enumerate(tick):
             for action in bundle:
-                start, clock[rank] = clock[rank], clock[rank] + cost.of(action)
+                start, clock[rank] = clock[rank], clock[rank] + cost.of(action, rank)
                 spans.append(Span(rank, start, clock[rank], action))
         met = list(clock)
         for rank, bundle in enumerate(tick):

@@ -15,7 +15,7 @@ from dsjax.config import Config, ModelConfig
 from dsjax.model.block import block_function
 from dsjax.model.context import Context
 from dsjax.model.flops import work_of_parts
-from dsjax.model.layout import Rows
+from dsjax.model.layout import Rows, layers_of
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import bias_of, moe_layers
 from dsjax.numerics.weights import together
@@ -153,4 +153,4 @@ def run_layers(
 
 def places_of(stage: PyTree, count: int) -> tuple[PyTree, ...]:
     """Return the parameters, or biases, of each place from stacked ones."""
-    return tuple(jax.tree.map(lambda leaf, place=place: leaf[place], stage) for place in range(count))
+    return tuple(layers_of(stage, count))

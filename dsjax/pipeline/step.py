@@ -6,22 +6,25 @@ stages the other way round, so that in steady state all ranks do the same (see `
 """
 
 import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.config import Config
 from dsjax.model.context import Context, context
 from dsjax.model.layers import cast_weights
+from dsjax.model.layout import layers_of
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import dense_layers, predictions
 from dsjax.numerics.instruments import Counts
 from dsjax.numerics.weights import apart, counts_of_weights, quantize_weights, together, with_recipe
-from dsjax.parallel.sharding import gather, reduce_scatter
+from dsjax.parallel.sharding import Partition, gather, reduce_scatter
 from dsjax.pipeline.executor import AXIS, Executor, Model
 from dsjax.pipeline.program import Program, compile_program
 from dsjax.pipeline.stages import (
@@ -86,7 +89,8 @@ def loss_and_grads_of_device(
     results = executor.run()
     if config.mesh.pipe == 1:
         ((stacked,),), ((aux,),) = results.grads, results.aux
-        grads, stacked, aux = _reduced(results.edge_grads, divided), [stacked], [aux]
+        at = {name: divided[name] for name in results.edge_grads}
+        grads, stacked, aux = reduce_scatter(results.edge_grads, at), [stacked], [aux]
     else:
         stacked, aux = (
             [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in of_slots]
@@ -119,16 +123,13 @@ def executor_of_device(
     route = program.schedule.route
     layout = stage_layout(model, route.stages)
     slots = _Slots(route.kind, ranks, layout.places)
-    cast = cast_weights(parts, runtime.compute_dtype)
-    edges = {name: part for name, part in cast.items() if name != "moe"}
-
-    def gathered(held: PyTree) -> PyTree:
-        return gather(held, {name: divided[name] for name in held})
-
-    stages = [gather(slot, divided.get("moe", {})) for slot in slots.open(cast.get("moe", {}))]
+    edges = {name: part for name, part in parts.items() if name != "moe"}
+    rows = cast_weights(parts.get("moe", {}), runtime.compute_dtype)
+    stages = [gather(slot, divided.get("moe", {})) for slot in slots.open(rows)]
     slot_biases = slots.open(biases.get("moe", {}))
     if ranks == 1:
-        run, counts, edges = run_layers, [(1,)], gathered(edges)
+        run, counts = run_layers, [(1,)]
+        edges = gather(cast_weights(edges, runtime.compute_dtype), {name: divided[name] for name in edges})
         weights, place_biases = (tuple((stage,) for stage in trees) for trees in (stages, slot_biases))
     else:
         run, counts = run_place, [tuple(layout.counts[stage] for stage in own) for own in program.stages]
@@ -151,19 +152,34 @@ def executor_of_device(
         return context(model, length, segments=documents, balance_weight=config.train.balance_weight)
 
     def model_with(runtime: Runtime) -> Model:
-        def ready(edges: PyTree) -> PyTree:
-            if ranks > 1:
-                return quantize_weights(edges, runtime.recipe)
-            return together(edges, {name: quantized_edges[name] for name in edges})
+        def in_use(parts: PyTree, at: PyTree) -> PyTree:
+            return quantize_weights(_in_use(parts, at, runtime.compute_dtype), runtime.recipe)
+
+        def ready(edges: PyTree) -> Mapping[str, PyTree]:
+            """Return edges as layers use them: a single rank has gathered and quantized them for the whole step."""
+            if ranks == 1:
+                return together(edges, {name: quantized_edges[name] for name in edges})
+            return _WhenRead(
+                {name: lambda one=name: in_use({one: edges[one]}, {one: divided[one]})[one] for name in edges}
+            )
+
+        def dense_of(edges: PyTree) -> Iterator[PyTree]:
+            layers = functools.partial(layers_of, count=model.first_k_dense_replace)
+            if ranks == 1:
+                return layers(ready(edges).get("dense", {}))
+            at = jax.tree.map(Partition.of_layer, divided.get("dense", {}))
+            return (in_use(layer, at) for layer in layers(edges.get("dense", {})))
 
         def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
-            x = edges["embed"][micro_batches[micro_batch, :, :-1]]
-            return dense_layers(ready(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
+            x = ready(edges)["embed"][micro_batches[micro_batch, :, :-1]]
+            return dense_layers(dense_of(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
 
         def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
             tokens, ctx = micro_batches[micro_batch], ctx_of(micro_batch)
-            main, mtp, aux = predictions(ready(edges), biases, y, tokens, ctx, config=model, runtime=runtime)
-            return main + mtp_weight * mtp, (main, mtp, aux)
+            found = predictions(
+                ready(edges), biases, y, tokens, ctx, config=model, runtime=runtime, mtp_weight=mtp_weight
+            )
+            return found.objective, (found.main, found.mtp, found.aux)
 
         return Model(
             chunk=functools.partial(run, config=model, runtime=runtime),
@@ -172,9 +188,6 @@ def executor_of_device(
             ),
             embed=embed,
             finish=finish,
-            # A single rank uses its edges all the time, and has gathered them for the whole step.
-            gather=gathered if ranks > 1 else lambda edges: edges,
-            reduce=functools.partial(_reduced, divided=divided) if ranks > 1 else lambda grads: grads,
             first=tuple(name for name in FIRST if name in edges),
             last=tuple(name for name in LAST if name in edges),
         )
@@ -187,8 +200,34 @@ def executor_of_device(
     return executor_with(runtime, executor_with(runtime.leaving(sms)) if sms else None), slots, fp8
 
 
-def _reduced(grads: PyTree, divided: PyTree) -> PyTree:
-    return reduce_scatter(grads, {name: divided[name] for name in grads})
+class _WhenRead(Mapping[str, PyTree]):
+    """Weights that are gathered where they are read: what is read last can be let go, and its gradient sent, first."""
+
+    def __init__(self, made: Mapping[str, Callable[[], PyTree]]):
+        self.made = made
+
+    def __getitem__(self, name: str) -> PyTree:
+        return self.made[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def _in_use(parts: PyTree, divided: PyTree, dtype: DTypeLike) -> PyTree:
+    """Return weights as they compute from a device's parts of the masters; the parts get float32 gradients, summed."""
+
+    @jax.custom_vjp
+    def in_use(parts: PyTree) -> PyTree:
+        return gather(cast_weights(parts, dtype), divided)
+
+    def backward(_: None, grads: PyTree) -> tuple[PyTree]:
+        return (reduce_scatter(grads, divided),)
+
+    in_use.defvjp(lambda parts: (in_use(parts), None), backward)
+    return in_use(parts)
 
 
 class _Slots:

@@ -10,32 +10,24 @@ the chip: memory and the order of operations are indications.
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
 
+from dsjax.planning.chips import CHIPS, Chip
 from dsjax.runtime import made_for
 
-Chip = Literal["h100", "h200"]
+HopperName = Literal["h800", "h100", "h200"]
+HOPPER = get_args(HopperName)
+"""Chips that XLA has a description of here."""
+
+_CUDNN = 91000  # 9.10, the first whose attention has values narrower than keys
 
 COMPILER_OPTIONS = {"xla_gpu_experimental_use_collective_kernels": ""}
 """For `compile`: XLA takes all devices of a description for those of one host, and its own kernels of small all-reduces
 do not compile for 64."""
-
-
-@dataclass(frozen=True)
-class _Gpu:
-    name: str
-    memory_bytes: int
-    bytes_per_second: int
-
-
-_GPUS = {
-    "h100": _Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
-    "h200": _Gpu("NVIDIA H200", 151_397_597_184, 4_800_000_000_000),
-}
 
 
 def can_compile_for_gpus() -> bool:
@@ -44,7 +36,19 @@ def can_compile_for_gpus() -> bool:
 
 
 @contextlib.contextmanager
-def gpu_devices(nodes: int, per_node: int, chip: Chip = "h100") -> Iterator[list[jax.Device]]:
+def traced_for(chip: Chip) -> Iterator[None]:
+    """Inside, programs are traced as on a chip, with the kernels that it has."""
+    with made_for(chip.platform), contextlib.ExitStack() as stack:
+        if chip.platform == "gpu":
+            # JAX asks the GPU of this process whether cuDNN's attention can be; all chips here are Hopper or later.
+            where = "jax._src.cudnn.fused_attention_stablehlo"
+            stack.enter_context(mock.patch(f"{where}.check_compute_capability", lambda capability: True))
+            stack.enter_context(mock.patch(f"{where}.check_cudnn_version", lambda: _CUDNN))
+        yield
+
+
+@contextlib.contextmanager
+def gpu_devices(nodes: int, per_node: int, chip: HopperName = "h100") -> Iterator[list[jax.Device]]:
     """Give devices to compile for; inside, programs are traced as for GPUs.
 
     Raises:
@@ -53,13 +57,13 @@ def gpu_devices(nodes: int, per_node: int, chip: Chip = "h100") -> Iterator[list
     if not can_compile_for_gpus():
         raise RuntimeError("compiling for GPUs needs JAX's CUDA plugin: uv run --extra cuda13 ...")
     description = topologies.get_topology_desc(
-        platform="cuda", topology=f"1x{nodes}x{per_node}", target_config=_target_config(_GPUS[chip])
+        platform="cuda", topology=f"1x{nodes}x{per_node}", target_config=_target_config(CHIPS[chip])
     )
-    with made_for("gpu"):
+    with traced_for(CHIPS[chip]):
         yield list(description.devices)
 
 
-def _target_config(gpu: _Gpu) -> str:
+def _target_config(gpu: Chip) -> str:
     """Return a `stream_executor.GpuTargetConfigProto` in text form: data sheet and CUDA's limits of Hopper (SXM5)."""
     # Keys are XLA's numbers of element types; a unit does so many operations per clock.
     scalar = {4: (64, 1), 8: (64, 1), 10: (128, 2), 11: (128, 1), 12: (64, 1), 16: (128, 2)}
@@ -81,7 +85,7 @@ def _target_config(gpu: _Gpu) -> str:
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-          memory_bandwidth: {gpu.bytes_per_second} device_memory_size: {gpu.memory_bytes} l2_cache_size: 52428800
+          memory_bandwidth: {int(gpu.memory_bandwidth)} device_memory_size: {gpu.memory_bytes} l2_cache_size: 52428800
           cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
           scalar_unit_description {{ {rates(1.98, scalar)} }}
           matrix_unit_description {{ {rates(1.83, matrix)} }}

@@ -12,19 +12,29 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint, differing_fields
+from dsjax.checkpoint.native import (
+    Checkpoints,
+    DamagedCheckpoint,
+    NoUsableCheckpoint,
+    SaveFailed,
+    differing_fields,
+    found_in,
+    last_saved,
+)
 from dsjax.config import Config
 from dsjax.data.tokens import TokenCache
 from dsjax.model.layout import stack, unstack
 from dsjax.parallel.agreement import on_first
+from dsjax.parallel.preflight import Space
 from dsjax.pipeline.stages import rows_of
 from dsjax.settings import from_dict, to_dict, to_toml
-from dsjax.training.state import TrainState, abstract_state, from_canonical, to_canonical
+from dsjax.training.state import TrainState, abstract_state, drawn_state, from_canonical, to_canonical
 
 MAY_CHANGE = {
-    *("run", "data.path", "data.tokenizer", "data.cache"),
+    *("run", "data.path", "data.tokenizer", "data.cache", "xla_flags"),
     *("train.log_every", "train.validate_every", "train.validation_sequences", "train.max_bad_steps"),
-    *("train.fp8_statistics", "kernels.fp8"),
+    *("train.fp8_statistics", "kernels.fp8", "kernels.communication_sms", "pipeline.overlap", "train.wandb"),
+    *("train.stall_factor", "train.stall_seconds", "train.stall_patience"),
     *("checkpoint.every", "checkpoint.keep"),
     *("mesh.pipe", "mesh.data", "mesh.node", "mesh.local", "pipeline.schedule", "pipeline.max_deferred"),
     *("dispatch.transport", "dispatch.node_slack", "dispatch.device_slack"),
@@ -34,7 +44,7 @@ order of sums. Paths are covered by the fingerprint of the tokens behind them.""
 
 CONTENTS = (
     *("checkpoints", "tensorboard", "pictures", "metrics.jsonl", "metrics.draft"),
-    *("baselines.json", "tokenizer.json", "config.toml"),
+    *("baselines.json", "tokenizer.json", "profile", "stalls", "wandb", "wandb.id", "config.toml"),
 )
 """What a run leaves in its folder; `config.toml` is last to go, for it makes the folder a run's."""
 
@@ -48,6 +58,30 @@ class Resumed:
     """The moving average of the weights, stacked; None where the run keeps none."""
     seconds: float
     """Time spent in the run so far."""
+
+
+def space_for(config: Config, *, overwrite: bool = False) -> Space:
+    """Return the bytes that a run's checkpoints will need, beside those that its folder holds already.
+
+    Args:
+        overwrite: whether what is there is deleted first.
+    """
+    state = to_canonical(jax.eval_shape(lambda: drawn_state(config)), config)
+    arrays = jax.tree.leaves(state) + (jax.tree.leaves(state["params"]) if config.train.ema_decay else [])
+    one = sum(array.size * array.dtype.itemsize for array in arrays)
+    saved, unfinished = found_in(Path(config.run) / "checkpoints")
+    kept = min(len(saved), config.checkpoint.keep)
+    deleted = sum(map(_size, unfinished)) + (kept * one if overwrite else 0)
+    return Space(max(0, one - deleted), max(0, (config.checkpoint.keep + 1 - kept) * one - sum(map(_size, unfinished))))
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder, of which some may go meanwhile."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 class RunFolder:
@@ -108,12 +142,22 @@ class RunFolder:
         if not config.exists():  # from here on the folder is a run's, even if the run dies before its first checkpoint
             config.write_text(to_toml(self._config), "utf-8")
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Raise SaveFailed for a file of the run that cannot be written."""
         try:
-            self.checkpoints.close()
+            # With other processes gone, or about to go, a save that goes on would wait for them.
+            if error is None:
+                self.checkpoints.close()
+            elif jax.process_count() == 1 and not isinstance(error, SaveFailed):
+                with contextlib.suppress(Exception):  # what ends the run is to be told
+                    self.checkpoints.close()
         finally:
             if self._lock is not None:
                 os.close(self._lock)
+        if isinstance(error, OSError):
+            what, why = error.filename or "a file of the run", error.strerror or error
+            last = last_saved(self.path / "checkpoints")
+            raise SaveFailed(f"run = {self._config.run!r}: {what}: {why}; saved last: {last}") from error
 
     def _delete(self) -> None:
         for name in CONTENTS:

@@ -22,18 +22,23 @@ from dsjax.parallel.exchange import bytes_of_round, route_of
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import place
 from dsjax.runtime import Runtime, runtime_of
+from dsjax.settings import to_dict
 from dsjax.training.announcement import announce, peak_of_all, tokens_of_device
 from dsjax.training.ema import HostEma
 from dsjax.training.folder import RunFolder
 from dsjax.training.interrupts import Interrupts
-from dsjax.training.metrics import MetricsFile, Recorder, StepFacts, TensorBoard, moe_layer_names, read_metrics
+from dsjax.training.metrics import MetricsFile, Recorder, Sink, StepFacts, TensorBoard, moe_layer_names, read_metrics
+from dsjax.training.phases import Phase, Phases
 from dsjax.training.pictures import draw_pictures
-from dsjax.training.progress import ProgressDisplay, quantity
+from dsjax.training.profile import Profile, parse_range
+from dsjax.training.progress import ProgressDisplay, quantity, shares_of_time
 from dsjax.training.quantization import make_observe, summary
 from dsjax.training.schedule import Schedule
 from dsjax.training.start import first_state
 from dsjax.training.step import Knobs, LossAndGrads, make_evaluate, make_train_step
 from dsjax.training.validation import Validation
+from dsjax.training.watchdog import Watchdog
+from dsjax.training.weights_and_biases import WeightsAndBiases, package
 
 
 class TrainingFailed(RuntimeError):
@@ -57,6 +62,8 @@ class Summary:
     baselines: dict[str, float]
     """What n-gram models reach on the same predictions."""
     folder: Path
+    seconds: dict[Phase, float]
+    """Where this process spent its time, from its first step to its last checkpoint."""
 
 
 def train(
@@ -64,6 +71,7 @@ def train(
     *,
     fresh: bool = False,
     overwrite: bool = False,
+    profile: str = "",
     console: Console | None = None,
     loss_and_grads: LossAndGrads | None = None,
 ) -> Summary:
@@ -71,6 +79,7 @@ def train(
 
     Args:
         fresh, overwrite: see `RunFolder`.
+        profile: first and last step of a trace, such as `10:13`, see `training.profile`.
         console: where progress is shown.
         loss_and_grads: how gradients are made, see `make_train_step`.
 
@@ -79,13 +88,16 @@ def train(
         TrainingFailed: `train.max_bad_steps` steps in a row were not finite.
     """
     console = console or Console(highlight=False, soft_wrap=True)
+    traced = parse_range(profile, config.train.steps) if profile else None
+    if config.train.wandb:
+        package()
     mesh = make_mesh(config.mesh)
     folder = RunFolder(config, fresh=fresh, overwrite=overwrite)
     data = _load_tokens(config, console)
     runtime = runtime_of(config)
     announce(console, config, runtime, mesh, data)
     with folder:
-        return Run(config, runtime, mesh, data, folder, console, loss_and_grads).to_the_end()
+        return Run(config, runtime, mesh, data, folder, console, loss_and_grads, traced).to_the_end()
 
 
 class Run:
@@ -100,11 +112,14 @@ class Run:
         folder: RunFolder,
         console: Console,
         loss_and_grads: LossAndGrads | None = None,
+        traced: tuple[int, int] | None = None,
     ):
         self.config, self.mesh, self.data, self.folder, self.console = config, mesh, data, folder, console
         self.runtime, self.is_first = runtime, jax.process_index() == 0
         train, end = config.train, data.tokenizer.eos if data.tokenizer else None
         self.schedule = Schedule(config)
+        self.profile = Profile(traced, folder.path / "profile", console)
+        self.compiled: set[tuple[int, ...]] = set()
         self.batches = Batches(data.train, config.data.sequence_length, train.seed)
         self.train_step = make_train_step(config, runtime, mesh, loss_and_grads, end)
         self.validation = Validation(
@@ -130,17 +145,22 @@ class Run:
         if self.is_first:
             self.baselines = self.validation.baselines(config.model.vocab_size, folder.path / "baselines.json")
         console.print("to beat   " + ", ".join(f"{name} {loss:.3f}" for name, loss in self.baselines.items()))
+        self.phases, self.coming = Phases(), self.first + 1
 
     def to_the_end(self) -> Summary:
         """Train until the last step or an interruption; save, draw, and say how it went."""
         steps, path = self.config.train.steps, self.folder.path
         with ExitStack() as stack:
             names = moe_layer_names(self.config.model)
-            sinks, val_loss = [], None
+            sinks: list[Sink] = []
+            val_loss = None
             if self.is_first:
-                metrics_file = stack.enter_context(closing(MetricsFile(path / "metrics.jsonl", self.first)))
-                board = stack.enter_context(closing(TensorBoard(path / "tensorboard", self.first, names)))
-                sinks = [metrics_file, board]
+                metrics_file = MetricsFile(path / "metrics.jsonl", self.first)
+                sinks = [metrics_file, TensorBoard(path / "tensorboard", self.first, names)]
+                if project := self.config.train.wandb:
+                    sinks.append(WeightsAndBiases(project, path, to_dict(self.config)))
+                for sink in sinks:
+                    stack.enter_context(closing(sink))
                 val_loss = next((r["val_loss"] for r in reversed(metrics_file.kept) if "val_loss" in r), None)
             interrupts = stack.enter_context(Interrupts(self._acknowledge))
             stop = Vote(self.mesh)
@@ -148,9 +168,12 @@ class Run:
                 ProgressDisplay(self.console, first_step=self.first, last_step=steps, val_loss=val_loss)
             )
             recorder = self._recorder(sinks, display)
+            stack.enter_context(self._watchdog(recorder))
+            stack.enter_context(self.profile)
             done = self.first
             for step, tokens in self._prefetched():
                 self._step(step, tokens, recorder)
+                self.folder.checkpoints.check()
                 done = step + 1
                 last = stop(interrupts.requested) or done == steps
                 if done == steps or done % self.config.train.validate_every == 0:
@@ -159,14 +182,19 @@ class Run:
                 if last or done % self.config.checkpoint.every == 0:
                     display.doing("saving")
                     self._save(recorder)
+                self.phases.end_step()
                 if last:
                     break
-            self.folder.checkpoints.wait()
+            with self.phases("save"):
+                self.folder.checkpoints.wait()
         return self._conclude(done, names)
 
     def _step(self, step: int, tokens: Int32[Array, "A B S1"], recorder: Recorder) -> None:
         knobs = Knobs(self.schedule.learning_rate(step), self.schedule.mtp_weight(step), self.schedule.bias_speed(step))
-        self.state, metrics = self.train_step(self.state, tokens, knobs)
+        with self.phases("step" if tokens.shape in self.compiled else "compilation"):
+            with self.profile.before(step + 1, self.state):
+                self.state, metrics = self.train_step(self.state, tokens, knobs)
+            self.compiled.add(tokens.shape)
         if self.ema:
             self.ema.update(self.state.params, metrics["finite"])
         batch, length = tokens.shape[0] * tokens.shape[1], self.config.data.sequence_length
@@ -183,6 +211,7 @@ class Run:
             ),
             metrics,
         )
+        self.profile.after(step + 1, self.state)
         self._require_numbers(recorder)
 
     def _require_numbers(self, recorder: Recorder) -> None:
@@ -202,7 +231,9 @@ class Run:
         with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
             coming = thread.submit(self._tokens, steps[0]) if steps else None
             for step in steps:
-                tokens = coming.result()
+                self.coming = step + 1
+                with self.phases("data"):
+                    tokens = coming.result()
                 if step + 1 in steps:
                     coming = thread.submit(self._tokens, step + 1)
                 yield step, tokens
@@ -220,7 +251,7 @@ class Run:
         return place(rows, shape, 1, self.mesh)
 
     def _validate(self, recorder: Recorder) -> None:
-        with recorder.pause():
+        with recorder.pause(), self.phases("validation"):
             live = self.validation(self.state.params, self.state.biases)
             values = {"val_loss": live["loss"], "val_loss_mtp": live["loss_mtp"]}
             if self.ema:
@@ -233,8 +264,8 @@ class Run:
     def _save(self, recorder: Recorder) -> None:
         recorder.flush()
         self._require_numbers(recorder)
-        recorder.sync()
-        with recorder.pause():
+        with recorder.pause(), self.phases("save"):
+            recorder.sync()
             average = self.ema.value() if self.ema else None
             self.folder.save(self.state, average, self.data.fingerprint, recorder.latest["seconds"])
 
@@ -260,10 +291,23 @@ class Run:
                     self.runtime.recipe,
                 )
             ),
+            phases=self.phases,
             on_record=display.update,
             seconds=self.seconds_before,
             skipped=int(self.state.skipped),
             skipped_in_a_row=int(self.state.skipped_in_a_row),
+        )
+
+    def _watchdog(self, recorder: Recorder) -> Watchdog:
+        train, mesh = self.config.train, self.config.mesh
+        return Watchdog(
+            self.phases,
+            lambda: self.coming if self.phases.current == "data" else (recorder.fetched or self.first) + 1,
+            file=self.folder.path / "stalls" / f"process-{jax.process_index()}.txt",
+            program=f"training step ({self.config.pipeline.schedule})" if mesh.pipe > 1 else "training step",
+            factor=train.stall_factor,
+            seconds=train.stall_seconds,
+            patience=train.stall_patience,
         )
 
     def _acknowledge(self, signal_name: str) -> None:
@@ -284,7 +328,9 @@ class Run:
             )
             self.console.print(f"validation loss {val_loss:.3f} nats per token: {gaps}")
             self.console.print(f"pictures  {path / 'pictures'}")
-        return Summary(done, done == steps, val_loss, self.baselines, path)
+        seconds = self.phases.total()
+        self.console.print(f"time      {shares_of_time(seconds)}")
+        return Summary(done, done == steps, val_loss, self.baselines, path, seconds)
 
 
 def _load_tokens(config: Config, console: Console) -> TokenCache:

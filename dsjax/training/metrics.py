@@ -8,15 +8,20 @@ Keys of a record (`RECORD_KEYS` says which are always there):
 `step` (steps done, from 1), `loss`, `loss_mtp`, `loss_balance` (nats per token; unweighted), `grad_norm` (before
 clipping), `learning_rate`, `mtp_weight`, `bias_speed`, `batch_size` (sequences), `tokens` (seen since the beginning of
 the run), `epoch`, `tokens_per_s` and `mfu` (since the line before, without validation, saving and the first
-compilation; null if that leaves nothing), `expert_load_max_over_mean` (of the worst layer: 1 is perfect balance),
+compilation; null if that leaves nothing), `step_seconds`, `data_seconds`, `compilation_seconds`, `validation_seconds`,
+`save_seconds` (where the first process was since the line before, see `training.phases`; what
+follows a line, such as a save, is in the next), `process_memory_peak_bytes` (resident, of the first process, on its
+host), `device_memory_peak_bytes` (in use, on its fullest device; null on a CPU, whose arrays are the process'),
+`expert_load_max_over_mean` (of the worst layer: 1 is perfect balance),
 `expert_load_max_over_mean_per_layer`, `expert_load_over_mean_last_layer` (one number per expert of the last main
 layer), `device_load_max_over_mean` (the same of the experts of a device together), `exchange_rounds` (of the expert
 exchange, in the layer with most, mean over micro-batches: 1 where the buffers held every token), `node_bytes` and
 `local_bytes` (sent by a device in the step's exchanges, to other nodes and to other devices of its node, as padded
 transport does), `skipped_steps` (since the beginning of the run), `seconds` (spent in the run so far); on validated
 steps `val_loss`, `val_loss_mtp`, with a moving average `val_loss_ema`, and with `train.fp8_statistics` what FP8 does to
-weights, inputs and gradients (`fp8_weight_error`, ...; see `training.quantization.summary`). A number that is not
-finite is written as null.
+weights, inputs and gradients (`fp8_weight_error`, ...; see `training.quantization.summary`). In FP8 there are
+`fp8_weights_to_zero`, `fp8_weights_largest` and `fp8_weights_not_finite` of the step's own weights, see
+`training.quantization.shares`. A number that is not finite is written as null.
 """
 
 import contextlib
@@ -27,7 +32,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 import numpy as np
@@ -35,6 +40,9 @@ from jaxtyping import Array, Int
 from tensorboardX import SummaryWriter
 
 from dsjax.config import ModelConfig
+from dsjax.training.memory import peak_of_devices, peak_of_process
+from dsjax.training.phases import Phase, Phases
+from dsjax.training.quantization import shares
 
 type Record = dict[str, int | float | list[float] | None]
 
@@ -43,7 +51,13 @@ RECORD_KEYS = (
     *("batch_size", "tokens", "epoch", "tokens_per_s", "mfu", "expert_load_max_over_mean"),
     *("expert_load_max_over_mean_per_layer", "expert_load_over_mean_last_layer", "device_load_max_over_mean"),
     *("exchange_rounds", "node_bytes", "local_bytes", "skipped_steps", "seconds"),
+    *(f"{phase}_seconds" for phase in get_args(Phase)),
+    *("process_memory_peak_bytes", "device_memory_peak_bytes"),
 )
+OF_THE_MACHINE = frozenset(
+    {"seconds", "tokens_per_s", "mfu", *(key for key in RECORD_KEYS if key.endswith(("_seconds", "_peak_bytes")))}
+)
+"""Keys of what a step cost; the others are the same whenever and wherever it is done again."""
 
 
 class Sink(Protocol):
@@ -73,7 +87,7 @@ def read_metrics(path: Path) -> list[Record]:
             records.append({"step": None} | json.loads(line))
             records[-1]["step"] = int(records[-1]["step"])
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a line of metrics: {line[:80]!r}") from error
+            raise ValueError(f"{path}:{number}: not a line of metrics; delete it: {line[:80]!r}") from error
     return records
 
 
@@ -183,7 +197,7 @@ class Recorder:
     too. on_record: called with every record (the progress bar). flops_per_token, peak_flops: of the model, and of all
     devices together, for MFU. main_layers: how many of the rows of `loads` are main layers. expert_shards: devices over
     which experts are divided. round_bytes: of an exchange round, see `parallel.exchange.bytes_of_round`. at_once: fetch
-    a step's numbers before the next one is started, where starting it waits for this one anyway.
+    a step's numbers before the next one is started, where starting it waits for this one anyway. phases: of the run.
     seconds, skipped, skipped_in_a_row: where the run stood when it was saved.
     """
 
@@ -199,6 +213,7 @@ class Recorder:
         expert_shards: int = 1,
         round_bytes: tuple[int, int] = (0, 0),
         at_once: bool = False,
+        phases: Phases | None = None,
         on_record=lambda record: None,
         seconds: float = 0.0,
         skipped: int = 0,
@@ -209,9 +224,12 @@ class Recorder:
         """The newest record, logged or not."""
         self.first_step_seconds: float | None = None
         """Time that the first step of this process took, compilation included."""
+        self.fetched: int | None = None
+        """The newest step whose numbers are here: the one behind it is in flight."""
         self._sinks, self._every, self._last_step, self._main_layers = sinks, every, last_step, main_layers
         self._flops_per_token, self._peak_flops, self._on_record = flops_per_token, peak_flops, on_record
         self._expert_shards, self._round_bytes, self._at_once = expert_shards, round_bytes, at_once
+        self._phases = phases or Phases()
         self._pending: _Pending | None = None
         self._began = time.perf_counter() - seconds
         self._mark = time.perf_counter()
@@ -253,6 +271,7 @@ class Recorder:
         self._on_record(record.record)
         step = record.facts.step
         if record.validated or self.skipped_in_a_row or step % self._every == 0 or step == self._last_step:
+            record.record |= self._costs()
             for sink in self._sinks:
                 sink.write(record.record)
             self._tokens, self._seconds = 0, 0.0
@@ -263,9 +282,18 @@ class Recorder:
         if pending is None or pending.record is not None:
             return
         numbers = jax.device_get(pending.metrics)
-        pending.metrics = None
+        pending.metrics, self.fetched = None, pending.facts.step
         self._count(pending.facts, bool(numbers["finite"]))
         pending.record = self._record(pending.facts, numbers)
+
+    def _costs(self) -> Record:
+        """Returns the seconds since the line before, by phase, and the memory's high-water marks."""
+        spent = self._phases.lap()
+        return {
+            **{f"{phase}_seconds": round(spent.get(phase, 0.0), 4) for phase in get_args(Phase)},
+            "process_memory_peak_bytes": peak_of_process(),
+            "device_memory_peak_bytes": peak_of_devices(),
+        }
 
     def _count(self, facts: StepFacts, finite: bool) -> None:
         now = time.perf_counter()
@@ -306,6 +334,7 @@ class Recorder:
                 name: int(rounds.sum()) * size
                 for name, size in zip(("node_bytes", "local_bytes"), self._round_bytes, strict=True)
             },
+            **shares(numbers.get("fp8", {})),
             "skipped_steps": self.skipped,
             "seconds": round(time.perf_counter() - self._began, 3),
         }

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,6 +88,13 @@ def describe(record: Record, val_loss: float | None) -> str:
     if record["skipped_steps"]:
         parts.append(f"skipped {record['skipped_steps']}")
     return "  ".join(parts)
+
+
+def shares_of_time(seconds: Mapping[str, float]) -> str:
+    """What was done for how much of the time, most of it first: `step 91.2 %, compilation 7.9 %, save 0.9 %`."""
+    whole = sum(seconds.values()) or 1.0
+    parts = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {100 * part / whole:.1f} %" for name, part in parts)
 
 
 def quantity(number: float) -> str:

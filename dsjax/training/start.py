@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsjax.checkpoint.forms import open_checkpoint
 from dsjax.checkpoint.huggingface import load
 from dsjax.checkpoint.native import differing_fields
+from dsjax.checkpoint.sources import CheckpointProblems
 from dsjax.config import Config
 from dsjax.model.layout import stack
 from dsjax.model.transformer import abstract_parameters
@@ -32,7 +33,10 @@ def first_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     mesh, path = mesh or make_mesh(config.mesh), config.train.initial_weights
     if not path:
         return initial_state(config, mesh)
-    source = open_checkpoint(Path(path), mtp=bool(config.model.num_nextn_predict_layers))
+    try:
+        source = open_checkpoint(Path(path), mtp=bool(config.model.num_nextn_predict_layers))
+    except CheckpointProblems as error:
+        raise ValueError(f"train.initial_weights = {path!r}: {'; '.join(error.problems)}") from None
     try:
         lines = [
             line.replace(" in the checkpoint, ", " in the weights, ")

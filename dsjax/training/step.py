@@ -13,7 +13,8 @@ from dsjax.config import Config
 from dsjax.model.layers import cast_weights
 from dsjax.model.moe import MoEAux
 from dsjax.model.router import updated_bias
-from dsjax.model.transformer import Losses, losses
+from dsjax.model.transformer import losses
+from dsjax.numerics.instruments import Counts
 from dsjax.parallel.exchange import exchange_of
 from dsjax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from dsjax.parallel.sharding import batch_spec, gather, partitions, specs
@@ -33,7 +34,20 @@ class Knobs(NamedTuple):
     bias_speed: Float[Array, ""] | float
 
 
-LossAndGrads = Callable[[PyTree, PyTree, Int[Array, "A B S1"], Float[Array, ""]], tuple[Losses, PyTree]]
+class StepLosses(NamedTuple):
+    """What the micro-batches of a step reported together."""
+
+    main: Float[Array, ""]
+    """Cross-entropy of the next token, nats."""
+    mtp: Float[Array, ""]
+    """Mean over the MTP modules; 0 without them."""
+    aux: MoEAux | None
+    """Of the MoE layers, then of the MTP modules; None where there are neither."""
+    fp8: dict[str, Counts] | None = None
+    """What FP8 did to the step's weights, by their kind."""
+
+
+LossAndGrads = Callable[[PyTree, PyTree, Int[Array, "A B S1"], Float[Array, ""]], tuple[StepLosses, PyTree]]
 """`(params, biases, micro_batches, mtp_weight) -> (losses, gradients)`: losses averaged over the step's micro-batches,
 loads and rounds added up, gradients float32 and divided over the mesh as the parameters are."""
 
@@ -96,7 +110,7 @@ def accumulated_loss_and_grads(
         losses, grads = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(divided_specs, _bias_specs(biases), batch_spec(3, axis=1), PartitionSpec()),
+            in_specs=(divided_specs, bias_specs(biases), batch_spec(3, axis=1), PartitionSpec()),
             out_specs=(PartitionSpec(AXES), divided_specs),
             check_vma=False,
         )(params, biases, micro_batches, mtp_weight)
@@ -105,7 +119,7 @@ def accumulated_loss_and_grads(
     return loss_and_grads
 
 
-def _bias_specs(biases: PyTree) -> PyTree:
+def bias_specs(biases: PyTree) -> PyTree:
     """Return how a step divides router biases: those of MoE layers over the stages that have them."""
     return {name: PartitionSpec("pipe" if name == "moe" else None) for name in biases}
 
@@ -115,7 +129,7 @@ def on_mesh(runtime: Runtime, config: Config) -> Runtime:
     return replace(runtime, exchange=runtime.exchange or exchange_of(config))
 
 
-def _over_devices(losses: DeviceLosses, count: int, ranks: int) -> Losses:
+def _over_devices(losses: DeviceLosses, count: int, ranks: int) -> StepLosses:
     """Return the losses of a step of `count` micro-batches from each device's, [devices, ...].
 
     Outside of `shard_map`, where a sum is over all devices and nothing else: the routers' biases must move by the same
@@ -130,7 +144,8 @@ def _over_devices(losses: DeviceLosses, count: int, ranks: int) -> Losses:
     at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), losses.mtp_modules)
     every = [over_rows(aux) for aux in (losses.layers, at_end) if aux is not None]
     aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every) if every else None
-    return Losses(losses.main.sum(axis=0).mean() / count, losses.mtp.sum(axis=0).mean() / count, aux)
+    main, mtp = (of_devices.sum(axis=0).mean() / count for of_devices in (losses.main, losses.mtp))
+    return StepLosses(main, mtp, aux, jax.tree.map(jnp.sum, losses.fp8))
 
 
 def make_train_step(
@@ -144,7 +159,8 @@ def make_train_step(
 
     A step whose loss or gradient norm is not finite changes nothing but the counters. Metrics are float32 scalars
     `loss`, `loss_mtp`, `loss_balance` (before its weight, mean over layers), `grad_norm`, the boolean `finite`, and of
-    the MoE layers and MTP modules `loads`, int32[layers, E], and `rounds`, int32[layers], of all micro-batches.
+    the MoE layers and MTP modules `loads`, int32[layers, E], and `rounds`, int32[layers], of all micro-batches. In FP8
+    `fp8` says what it did to the weights (`numerics.instruments.Counts`, by kind).
 
     Args:
         mesh: by default one of `config.mesh` and the first devices.
@@ -171,7 +187,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _update_biases(biases: PyTree, parts: Losses, speed: Float[Array, ""]) -> PyTree:
+def _update_biases(biases: PyTree, parts: StepLosses, speed: Float[Array, ""]) -> PyTree:
     """Move every router bias once, MTP modules' too, by the loads of the whole step."""
     if not biases:
         return biases
@@ -192,12 +208,12 @@ def _unless_finite(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     )
 
 
-def _metrics(parts: Losses, norm: Array, finite: Array, config: Config) -> dict[str, Array]:
+def _metrics(parts: StepLosses, norm: Array, finite: Array, config: Config) -> dict[str, Array]:
     metrics = {"loss": parts.main, "loss_mtp": parts.mtp, "grad_norm": norm, "finite": finite}
     if parts.aux is not None:
         aux = _in_order(parts.aux, config)
         metrics |= {"loss_balance": aux.balance_loss.mean(), "loads": aux.loads, "rounds": aux.rounds}
-    return metrics
+    return metrics | ({"fp8": parts.fp8} if parts.fp8 else {})
 
 
 def make_evaluate(
@@ -218,13 +234,14 @@ def make_evaluate(
                 main, mtp = jax.lax.psum((main, mtp), "pipe")
             else:
                 weights = gather(cast_weights(parts, runtime.compute_dtype), divided)
-                main, mtp, _ = losses(weights, biases, tokens, config=config.model, runtime=runtime, segments=segments)
+                found = losses(weights, biases, tokens, config=config.model, runtime=runtime, segments=segments)
+                main, mtp = found.main, found.mtp
             return {"loss": main[None], "loss_mtp": mtp[None]}
 
         found = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs(params, mesh), _bias_specs(biases), batch_spec(2, axis=0)),
+            in_specs=(specs(params, mesh), bias_specs(biases), batch_spec(2, axis=0)),
             out_specs=PartitionSpec(BATCH_AXES),
             check_vma=False,
         )(params, biases, tokens)

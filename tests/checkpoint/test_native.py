@@ -16,7 +16,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsjax.checkpoint.native import Checkpoints, DamagedCheckpoint, NoUsableCheckpoint, differing_fields
+from dsjax.checkpoint.native import (
+    Checkpoints,
+    DamagedCheckpoint,
+    NoUsableCheckpoint,
+    differing_fields,
+    found_in,
+    last_saved,
+)
 
 # Orbax leaves reads unawaited when another read of the same restore fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -305,3 +312,69 @@ def test_sigkill_during_a_save_leaves_the_one_before(tmp_path):
         assert (state["x"] == np.random.default_rng(2).standard_normal((3000, 2000))).all()
         checkpoints.save(3, state, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+FAILING = """
+import os, resource, sys, time
+import numpy as np
+from dsjax.checkpoint.native import Checkpoints, SaveFailed
+folder, how = sys.argv[1:]
+checkpoints = Checkpoints(folder)
+state = {"x": np.random.default_rng(0).standard_normal((300, 2000))}
+checkpoints.save(1, state, {})
+checkpoints.wait()
+checkpoints.check()
+match how:
+    case "limited":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    case "full":
+        with open(f"{folder}/filling", "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(1 << 16)):
+                    pass
+            except OSError:
+                pass
+    case "gone":
+        os.rename(folder, f"{folder}-away")
+        open(folder, "w").close()
+try:
+    checkpoints.save(2, state, {})
+    while True:
+        time.sleep(0.01)
+        checkpoints.check()
+except SaveFailed as error:
+    print(error, flush=True)
+os._exit(7)
+"""
+
+
+def _failing(folder, how):
+    process = _run(FAILING, folder, how, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    out, _ = process.communicate(timeout=100)
+    return process.returncode, out
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("limited", "File too large; saved last: step 1"), ("gone", "Not a directory; saved last: unknown")],
+)
+def test_a_save_that_fails_is_noticed_without_waiting_for_the_next(tmp_path, how, why):
+    status, out = _failing(tmp_path / "checkpoints", how)
+    assert status == 7 and out.startswith(f"cannot save in {tmp_path}/checkpoints: {why}")
+    if how == "limited":
+        assert found_in(tmp_path / "checkpoints")[0] == [1]
+        assert last_saved(tmp_path / "checkpoints") == "step 1" and last_saved(tmp_path / "none") == "none"
+
+
+def test_a_full_disk(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "dsjax", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        status, out = _failing(tmp_path / "checkpoints", "full")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert (status, out) == (
+        7,
+        f"cannot save in {tmp_path}/checkpoints: No space left on device; saved last: step 1\n",
+    )

@@ -164,7 +164,7 @@ def test_the_tokenizer_goes_along_whichever_folder_is_named(run, tmp_path):
 def test_what_a_run_is_not_asked_for(run):
     folder, config, *_ = run
     for path, given, problem in [
-        (folder / FOLDER / "2", None, "one checkpoint of a run; name the run and step 2 (--step 2)"),
+        (folder / FOLDER / "2", None, "one checkpoint of a run; name the run: dsjax.convert takes --step 2 too"),
         (folder, config, "has a config of its own; none can be given"),
     ]:
         with pytest.raises(CheckpointProblems) as error:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from dsjax.model import grouped_matmul as module
 from dsjax.model.grouped_matmul import buffer_rows, group_rows, grouped_matmul, resolve
-from dsjax.pallas.matmul import sixteen_bits
 from dsjax.runtime import made_for
 
 IMPLEMENTATIONS = ["tiles", "batched", "ragged"]
@@ -138,14 +137,12 @@ def test_input_and_weight_gradients_are_separate_equations(impl):
 @functools.partial(jax.jit, static_argnames="impl")
 def by_kernel(x, w, dy, groups, impl):
     """What `values_and_gradients` does, by an implementation that is not asked whether it works here."""
-    y, transpose = jax.vjp(lambda x, w: module._grouped_matmul(x, w, groups, impl), x, w)
+    y, transpose = jax.vjp(lambda x, w: module._grouped_matmul(x, w, groups, impl, 2), x, w)
     return y, *transpose(dy)
 
 
 def check_kernels():
     """Compare them, and the rule of differentiation, on a simulated GPU; `pallas.matmul` is about more."""
-    for name in ("grouped_matmul", "grouped_wgrad"):
-        setattr(sixteen_bits, name, functools.partial(getattr(sixteen_bits, name), num_sms=2))
     x, w, dy, groups, group_of_row = problem((5, 0, 130), 128, dtype=jnp.bfloat16)
     y, dx, dw = by_kernel(x, w, dy, groups, "interpret")
     assert y.dtype == dx.dtype == dw.dtype == jnp.bfloat16

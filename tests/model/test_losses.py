@@ -35,7 +35,7 @@ def test_chunks_equal_the_plain_loss(chunk, rows, monkeypatch):
     hidden, head, targets, weights = problem()
 
     def chunked(hidden, head, weights):
-        return 3 * cross_entropy(hidden, head, targets, weights, chunk=chunk)
+        return 3 * cross_entropy(hidden, head, targets, weights, chunk=chunk)[0]
 
     def reference(hidden, head, weights):
         return 3 * plain(hidden, head, targets, weights)
@@ -53,14 +53,15 @@ def test_chunks_equal_the_plain_loss(chunk, rows, monkeypatch):
 def test_tokens_without_weight_do_not_count():
     hidden, head, targets, weights = problem()
     present = np.asarray(weights) > 0
-    loss = cross_entropy(hidden, head, targets, weights, chunk=5)
-    alone = cross_entropy(hidden[present], head, targets[present], weights[present], chunk=5)
+    loss, of_tokens = cross_entropy(hidden, head, targets, weights, chunk=5)
+    alone = cross_entropy(hidden[present], head, targets[present], weights[present], chunk=5)[0]
     np.testing.assert_allclose(loss, alone, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(of_tokens * weights), loss, rtol=1e-6)
 
 
 def test_large_logits_do_not_overflow():
     hidden, head, targets, weights = problem()
-    value, grad = jax.value_and_grad(cross_entropy)(hidden * 1e4, head, targets, weights, chunk=5)
+    (value, _), grad = jax.value_and_grad(cross_entropy, has_aux=True)(hidden * 1e4, head, targets, weights, chunk=5)
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
@@ -68,7 +69,9 @@ def test_bfloat16_has_float32_sums():
     """1024 equal tokens: the gradient of the head is their sum, which bfloat16 could not hold while adding."""
     hidden, head = jnp.ones((1024, 1), jnp.bfloat16), jnp.zeros((2, 1), jnp.bfloat16)
     targets, weights = jnp.zeros(1024, jnp.int32), jnp.full(1024, 2.0)
-    loss, grad = jax.value_and_grad(cross_entropy, argnums=1)(hidden, head, targets, weights, chunk=1)
+    (loss, _), grad = jax.value_and_grad(cross_entropy, argnums=1, has_aux=True)(
+        hidden, head, targets, weights, chunk=1
+    )
     assert loss.dtype == jnp.float32 and grad.dtype == jnp.bfloat16
     np.testing.assert_allclose(loss, 2048 * np.log(2), rtol=1e-4)
     np.testing.assert_array_equal(np.asarray(grad, np.float32), [[-1024], [1024]])
@@ -89,7 +92,7 @@ def largest_intermediate(jaxpr):
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_logits_of_all_tokens_never_exist(differentiated):
     tokens, width, vocabulary, chunk = 4096, 4, 1000, 64
-    function = jax.value_and_grad(cross_entropy, argnums=(0, 1)) if differentiated else cross_entropy
+    function = jax.value_and_grad(cross_entropy, argnums=(0, 1), has_aux=True) if differentiated else cross_entropy
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, width), (vocabulary, width))]
     arguments += [jax.ShapeDtypeStruct((tokens,), kind) for kind in (jnp.int32, jnp.float32)]
     jaxpr = jax.make_jaxpr(lambda *a: function(*a, chunk=chunk))(*arguments).jaxpr

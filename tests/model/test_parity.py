@@ -45,8 +45,9 @@ class Golden:
         runtime = Runtime(loss_chunk=64, remat="none", exchange=self._recorded_exchange)
 
         def total(params):
-            parts = losses(params, biases, self.tokens, config=self.config, runtime=runtime)
-            return parts.main + MTP_WEIGHT * parts.mtp / self.mtp_ratio, parts
+            weight = MTP_WEIGHT / self.mtp_ratio
+            parts = losses(params, biases, self.tokens, config=self.config, runtime=runtime, mtp_weight=weight)
+            return parts.objective, parts
 
         grads, parts = jax.grad(total, has_aux=True)(params)
         ctx = context(self.config, self.tokens.shape[1])

@@ -27,8 +27,10 @@ def loss_and_grads(config, runtime):
     """Return `(params, biases, tokens, balance_weight) -> (gradients, losses)` of main and MTP losses."""
 
     def total(params, biases, tokens, balance_weight):
-        parts = losses(params, biases, tokens, config=config, runtime=runtime, balance_weight=balance_weight)
-        return parts.main + 0.3 * parts.mtp, parts
+        parts = losses(
+            params, biases, tokens, config=config, runtime=runtime, balance_weight=balance_weight, mtp_weight=0.3
+        )
+        return parts.objective, parts
 
     return jax.jit(jax.grad(total, has_aux=True))
 
@@ -95,12 +97,16 @@ class Heads:
 
             def record(hidden, head, targets, weights, *, chunk):
                 seen.append((hidden, targets, weights))
-                return jnp.float32(0)
+                return jnp.float32(0), jnp.zeros(len(weights))
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(transformer, "cross_entropy", record)
-                losses(params, biases, tokens, config=config, runtime=Runtime(), segments=segments)
-            return seen
+                # Modules count as much as the main model where their mean's weight is their number.
+                depth = float(config.num_nextn_predict_layers)
+                losses(params, biases, tokens, config=config, runtime=Runtime(), segments=segments, mtp_weight=depth)
+            ((hidden, targets, weights),) = seen
+            count = 1 + config.num_nextn_predict_layers
+            return list(zip(*(jnp.split(array, count) for array in (hidden, targets, weights)), strict=True))
 
         self._run = jax.jit(run)
 
@@ -170,7 +176,7 @@ def test_module_and_functions_agree(small, tokens):
 
     logits, aux = nnx.jit(lambda module, tokens: module(tokens))(module, tokens[:, :-1])
     assert logits.shape == (BATCH, LENGTH, small.vocab_size) and logits.dtype == jnp.float32
-    main = jax.jit(lambda *a: losses(*a, config=config, runtime=Runtime(), with_mtp=False))
+    main = jax.jit(lambda *a: losses(*a, config=config, runtime=Runtime(), mtp_weight=None))
     parts = main(made_params, made_biases, tokens)
     mean = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
     np.testing.assert_allclose(parts.main, mean, rtol=1e-6)
@@ -208,8 +214,8 @@ def lowered(config, runtime):
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
 
     def total(params, biases, tokens):
-        parts = losses(params, biases, tokens, config=config, runtime=runtime)
-        return parts.main + 0.3 * parts.mtp, parts.aux
+        parts = losses(params, biases, tokens, config=config, runtime=runtime, mtp_weight=0.3)
+        return parts.objective, parts.aux
 
     return jax.jit(jax.grad(total, has_aux=True)).lower(params, biases, tokens)
 

@@ -76,8 +76,8 @@ def train(folder: Path, steps: int) -> None:
     @jax.jit
     def step(params, moments, tokens):
         def total(params):
-            parts = losses(params, biases, tokens, config=config, runtime=Runtime(loss_chunk=512))
-            return parts.main + 0.3 * parts.mtp, parts.main
+            parts = losses(params, biases, tokens, config=config, runtime=Runtime(loss_chunk=512), mtp_weight=0.3)
+            return parts.objective, parts.main
 
         grads, loss = jax.grad(total, has_aux=True)(params)
         updates, moments = optimizer.update(grads, moments)

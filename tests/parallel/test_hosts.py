@@ -23,6 +23,7 @@ SLURM = {
     "SLURM_STEP_NODELIST": "node[001-016]",
     "SLURM_STEP_TASKS_PER_NODE": "1(x16)",
 }
+PREFIX = f"process 1 ({socket.gethostname()}): "
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
@@ -137,7 +138,7 @@ def test_start_asks_jax(initialize, monkeypatch):
         "initialization_timeout": 65,
         "heartbeat_timeout_seconds": 7,
     }
-    assert (hosts.processes(), hosts.is_first_process(), hosts.process_prefix()) == (2, False, "process 1: ")
+    assert (hosts.processes(), hosts.is_first_process(), hosts.process_prefix()) == (2, False, PREFIX)
     initialize.clear()
     hosts.start(Distributed("elsewhere:1", 3, 2))
     assert initialize == {}
@@ -211,9 +212,38 @@ def test_simulated_devices():
     with pytest.raises(ValueError) as error:
         hosts.simulate_devices(9)
     assert str(error.value) == (
-        "each process needs 9 devices and has 8: start Python with JAX_NUM_CPU_DEVICES=9, which simulates them on the "
-        "CPU"
+        "mesh: each process needs 9 devices and has 8: start Python with JAX_NUM_CPU_DEVICES=9, which simulates them "
+        "on the CPU"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'cuda': no GPU\nand more"),
+            "Unable to initialize backend 'cuda': no",
+        ),
+        (AssertionError(), "JAX has no such devices here"),
+    ],
+)
+def test_a_platform_that_is_not_there(monkeypatch, error, message):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "default_backend", fail)
+    with pytest.raises(ValueError, match=rf"^JAX_PLATFORMS = .*: {message}"):
+        hosts.simulate_devices(1)
+
+
+def test_what_the_loss_of_another_process_does_is_no_refusal(monkeypatch):
+    monkeypatch.setattr(hosts, "_SECONDS_TO_BE_ENDED", 0)
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert hosts._status(lost) == 1
+    assert hosts._message(lost).startswith("another process is lost, or does not answer: UNKNOWN: Gloo AllGather")
+    assert hosts._status(ValueError("run = 'x': no")) == 2 and hosts._message(ValueError("a\n b")) == "a: b"
+    assert hosts._status(SystemExit("dsjax: saved")) == 1 and hosts._message(SystemExit("dsjax: saved")) == "saved"
+    assert hosts._status(SystemExit(None)) == 0 and hosts._message(SystemExit(3)) == ""
 
 
 def test_scripts_agree_with_what_is_read():

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import KernelConfig, ModelConfig
+from dsjax.config import KernelConfig, MeshConfig, ModelConfig
 from dsjax.numerics.weights import PRODUCTS
 from dsjax.runtime import DEEPSEEK, MXFP8, Runtime, runtime_of
-from dsjax.training.quantization import make_observe, summary
+from dsjax.training.quantization import make_observe, shares, summary
 from dsjax.training.state import initial_state
 from dsjax.training.step import Knobs, make_evaluate, make_train_step
 
@@ -99,3 +99,64 @@ def test_observations_are_of_every_layer(small_run, tokens):
     }
     weights = max(np.abs(leaf).max() for leaf in jax.tree.leaves(state.params["moe"]["attention"]) if leaf.ndim > 2)
     assert totals["fp8_weight_amax"] >= 0.99 * weights
+
+
+def counting(config, tokens):
+    """Return what the metrics of a step say of given weights."""
+    step, micro_batch = make_train_step(config, runtime_of(config)), config.train.micro_batch_size or len(tokens)
+    micro_batches = tokens.reshape(-1, micro_batch, tokens.shape[-1])
+
+    def counted(params=None):
+        state = initial_state(config)
+        _, metrics = step(replace(state, params=params) if params else state, micro_batches, KNOBS)
+        return shares(jax.device_get(metrics["fp8"])), set(metrics["fp8"])
+
+    return counted
+
+
+def test_every_step_says_what_became_of_its_weights(small_run, tokens):
+    """A matrix with one number far above the others loses these; the step says so, and which kinds it looked at."""
+    model = replace(small_run.model, num_hidden_layers=2, num_nextn_predict_layers=0)
+    config = replace(small_run, model=model, precision="fp8")
+    counted, params = counting(config, tokens), jax.device_get(initial_state(config).params)
+    usual, kinds = counted()
+    assert kinds == {
+        *(f"attention.{name}" for name in ("q_a", "q_b", "kv_a", "kv_b", "o")),
+        *(f"{where}.{name}" for where in ("ffn", "experts", "shared") for name in ("gate_up", "down")),
+    }
+    assert usual["fp8_weights_to_zero"] < 0.01 and usual["fp8_weights_not_finite"] == 0
+    matrices = params["moe"]["attention"]["q_a"]
+    one_of_each = 1 / matrices[0].size  # matrices are smaller than a block
+    assert one_of_each <= usual["fp8_weights_largest"] < 0.05
+
+    def with_first(value):
+        changed = matrices.copy()
+        changed[:, 0, 0] = value
+        moe = params["moe"] | {"attention": params["moe"]["attention"] | {"q_a": changed}}
+        return counted(jax.device_put(params | {"moe": moe}))[0]
+
+    zeros = matrices.size - len(matrices)
+    dense = params["dense"]["attention"]["q_a"].size
+    assert with_first(1e6)["fp8_weights_to_zero"] == pytest.approx(zeros / (matrices.size + dense), 0.01)
+    assert with_first(np.nan)["fp8_weights_not_finite"] > 0
+
+
+def test_in_other_formats_there_is_nothing_to_count(small_run, tokens, train_step, start):
+    _, metrics = train_step(start(), tokens[None], KNOBS)
+    assert "fp8" not in metrics and shares({}) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=2), MeshConfig(pipe=2, local=2)], ids=["data", "pipeline, experts divided"]
+)
+def test_a_mesh_counts_the_same(small_run, tokens, mesh):
+    """Up to how often a weight is there; the ends of a pipeline are not counted. Its pairs leave multiprocessors."""
+    model = replace(small_run.model, num_nextn_predict_layers=0, first_k_dense_replace=0, num_hidden_layers=2)
+    kernels = KernelConfig(communication_sms=20)
+    config = replace(small_run, model=model, precision="fp8", kernels=kernels)
+    config = replace(config, train=replace(config.train, batch_size=8, micro_batch_size=2))
+    rows = jnp.concatenate([tokens, tokens[::-1]])
+    alone, kinds = counting(config, rows)()
+    found, kinds_there = counting(replace(config, mesh=mesh), rows)()
+    assert found == pytest.approx(alone, rel=1e-6) and kinds == kinds_there

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,43 +15,17 @@ from rich.console import Console
 
 from dsjax.benchmarks.train_step import measure
 from dsjax.checkpoint.native import Checkpoints
-from dsjax.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainConfig
+from dsjax.config import CheckpointConfig, Config
 from dsjax.model.layout import unstack
 from dsjax.runtime import runtime_of
-from dsjax.settings import load_config, to_toml
+from dsjax.settings import load_config
 from dsjax.training.folder import RunFolder
 from dsjax.training.loop import TrainingFailed, train
-from dsjax.training.metrics import RECORD_KEYS, read_metrics
+from dsjax.training.metrics import OF_THE_MACHINE, RECORD_KEYS, read_metrics
 from dsjax.training.schedule import Schedule
 from dsjax.training.start import first_state
 from dsjax.training.state import abstract_state
 from dsjax.training.step import accumulated_loss_and_grads
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A folder of text: thirty documents of counting."""
-    folder = tmp_path_factory.mktemp("text")
-    for document in range(30):
-        lines = (f"line {i} of document {document}: {i * document}\n" for i in range(60))
-        (folder / f"{document:02d}.txt").write_text("".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def short_run(small_run, text, tmp_path_factory) -> Config:
-    """Twenty steps, a checkpoint after ten."""
-    return replace(
-        small_run,
-        model=replace(small_run.model, vocab_size=300),
-        data=DataConfig(source="text", path=str(text), cache=str(tmp_path_factory.mktemp("cache")), sequence_length=32),
-        train=TrainConfig(
-            steps=20, batch_size=4, validate_every=10, validation_sequences=8, log_every=2, remat="none", ema_decay=0.9
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        checkpoint=CheckpointConfig(every=10),
-        run=str(tmp_path_factory.mktemp("runs") / "short"),
-    )
 
 
 def quiet_train(config: Config, **options):
@@ -268,26 +239,6 @@ main(sys.argv[1:])
 """
 
 
-@pytest.fixture(scope="session")
-def command(short_run, tmp_path_factory):
-    """Start `python -m dsjax.train` on the short run in a folder; with `code`, that code in its place."""
-    toml = tmp_path_factory.mktemp("toml") / "short.toml"
-    toml.write_text(to_toml(short_run))
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-    def start(folder: Path, *options: str, code: str = "") -> subprocess.Popen[str]:
-        program = ["-c", code] if code else ["-m", "dsjax.train"]
-        words = [sys.executable, *program, str(toml), "--run", str(folder), *options]
-        return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    return start
-
-
 def test_a_killed_run_resumes_to_the_same_bits(command, short_run, tmp_path):
     undisturbed = command(tmp_path / "undisturbed")
     assert undisturbed.wait() == 0, undisturbed.stderr.read()
@@ -299,10 +250,9 @@ def test_a_killed_run_resumes_to_the_same_bits(command, short_run, tmp_path):
     assert "resumed   from step 10 of 20" in out
     expected = arrays_of(tmp_path / "undisturbed", short_run, 20)
     assert_same_bits(arrays_of(tmp_path / "killed", short_run, 20), expected)
-    timing = {"seconds", "tokens_per_s", "mfu"}
     lines = [
         [
-            {k: v for k, v in record.items() if k not in timing}
+            {k: v for k, v in record.items() if k not in OF_THE_MACHINE}
             for record in read_metrics(tmp_path / n / "metrics.jsonl")
         ]
         for n in ("undisturbed", "killed")

@@ -1,11 +1,18 @@
 """What a run writes down survives crashes and resumption."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
-from dsjax.training.metrics import MetricsFile, Recorder, StepFacts, load_over_mean, read_metrics
+from dsjax.training.memory import peak_of_devices, peak_of_process
+from dsjax.training.metrics import RECORD_KEYS, MetricsFile, Recorder, StepFacts, load_over_mean, read_metrics
+from dsjax.training.phases import Phases
+from dsjax.training.progress import shares_of_time
+
+from .test_phases import Clock
 
 
 class Kept:
@@ -101,9 +108,41 @@ def test_a_resumed_run_rewrites_what_came_after_its_checkpoint(tmp_path):
 def test_a_line_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a line of metrics: 'nonsense'$"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a line of metrics; delete it: 'nonsense'$"):
         read_metrics(path)
 
 
 def test_load_over_mean_of_an_idle_layer_is_zero():
     np.testing.assert_allclose(load_over_mean(np.array([[4, 0], [0, 0]])), [[2, 0], [0, 0]])
+
+
+def test_a_line_says_where_the_time_since_the_line_before_went():
+    sink, clock = Kept(), Clock()
+    phases = Phases(clock)
+    made = recorder(sink, phases=phases)
+    for step in range(1, 5):
+        with phases("data"):
+            clock.wait(1)
+        with phases("compilation" if step == 1 else "step"):
+            clock.wait(10)
+        made.step(facts(step), numbers())
+    with phases("save"):
+        clock.wait(7)
+    made.flush()
+    spent = ("data", "step", "compilation", "validation", "save")
+    # A record is written when the next step has been started.
+    assert [[record[f"{name}_seconds"] for name in spent] for record in sink.records] == [
+        [3, 20, 10, 0, 0],
+        [1, 10, 0, 0, 7],
+    ]
+    assert set(RECORD_KEYS) == set(sink.records[0])
+    assert shares_of_time(phases.total()) == "step 58.8 %, compilation 19.6 %, save 13.7 %, data 7.8 %"
+
+
+def test_memory_is_the_process_or_the_fullest_device(monkeypatch):
+    before = peak_of_process()
+    held = np.ones(2**25)  # 256 MiB
+    assert peak_of_process() >= before and peak_of_process() > held.nbytes and peak_of_devices() is None
+    devices = [SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak}) for peak in (3, 9, 5)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert peak_of_devices() == 9

@@ -10,11 +10,18 @@ import pytest
 from dsjax.config import DataConfig
 from dsjax.model.moe import MoEAux
 from dsjax.model.router import updated_bias
-from dsjax.model.transformer import Losses, losses
+from dsjax.model.transformer import losses
 from dsjax.runtime import Runtime
 from dsjax.training.optimizer import initial_moments
 from dsjax.training.state import TrainState
-from dsjax.training.step import Knobs, accumulated_loss_and_grads, make_evaluate, make_train_step, segment_ids
+from dsjax.training.step import (
+    Knobs,
+    StepLosses,
+    accumulated_loss_and_grads,
+    make_evaluate,
+    make_train_step,
+    segment_ids,
+)
 
 KNOBS = Knobs(learning_rate=1e-3, mtp_weight=0.3, bias_speed=1e-3)
 
@@ -108,7 +115,7 @@ def test_what_makes_a_step_not_finite(small_run, fault):
         }
         main, mtp = nan if fault == "loss" else 1.0, nan if fault == "mtp loss" else mtp_weight
         aux = MoEAux(micro_batches, jnp.zeros(2), jnp.ones(2, jnp.int32))
-        return Losses(jnp.float32(main), jnp.float32(mtp), aux), grads
+        return StepLosses(jnp.float32(main), jnp.float32(mtp), aux), grads
 
     params, biases = {"w": jnp.ones(2)}, {"moe": {"moe": {"bias": jnp.zeros((2, 2))}}}
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]

@@ -2,19 +2,21 @@
 
 Kernels take BF16 and float32, and tiles of 128. Where rows or columns are no multiple of 32, arrays are padded with
 zeros first and cut afterwards; other partial tiles cost nothing. `auto` takes XLA for what the kernels do not; to ask
-for a kernel where there is none is an error. E5M6, of a single activation per layer, is XLA's everywhere.
+for a kernel where there is none is an error.
 
 Scales have their natural layout, [M, K/128]; kernels write and read most of them transposed, and XLA removes pairs of
 transposes.
 
 Codes and scales of kernels are those of the definition to the bit, except where it is itself defined only up to
 rounding: behind an exponential function (`swiglu_tiles`) and behind a sum over a row (`rms_norm_tiles`). Of codes that
-are no number, only that is kept, not the sign.
+are no number, only that is kept, not the sign; of E5M6, which has none such, a scale that is not finite says it, and
+the words with it are arbitrary.
 """
 
 from types import ModuleType
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float8e4m3fn, Int32, UInt32
 
 from dsjax.config import Fp8Kernel
@@ -203,28 +205,46 @@ def pack_e5m6(
     """Quantize to 12 bits, 5 of exponent and 6 of mantissa, in tiles of 1 x 128 with power-of-two scales.
 
     Raises:
-        ValueError: K is no multiple of 8, or a kernel is asked for: there is none.
+        ValueError: K is no multiple of 8, or a kernel is asked for, for another type than BF16 and float32.
     """
-    _only_xla(impl, "packing of E5M6")
-    return reference.pack_e5m6(x)
+    impl = _resolve(impl, x)
+    if impl == "xla":
+        return reference.pack_e5m6(x)
+    *batch, k = x.shape
+    reference.check_octets(k)
+    of_tiles = _in_tiles(x, TILE)
+    words, scales = _e5m6().pack(_aligned(of_tiles, 0), impl)
+    n = len(of_tiles)
+    return words[:n].reshape(*batch, -1)[..., : 3 * k // 8], scales[:n].reshape(*batch, -1)
 
 
 def unpack_e5m6(
-    words: UInt32[Array, "*batch 3K/8"], scales: Float[Array, "*batch K/128"], *, impl: Fp8Kernel = "auto"
+    words: UInt32[Array, "*batch 3K/8"],
+    scales: Float[Array, "*batch K/128"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    impl: Fp8Kernel = "auto",
 ) -> Float[Array, "*batch K"]:
-    """Return what `pack_e5m6` packed, in float32.
-
-    Raises:
-        ValueError: a kernel is asked for: there is none.
-    """
-    _only_xla(impl, "unpacking of E5M6")
-    return reference.unpack_e5m6(words, scales)
+    """Return what `pack_e5m6` packed."""
+    impl = _resolve(impl, words, types=(jnp.uint32,))
+    if impl == "xla":
+        return reference.unpack_e5m6(words, scales, dtype=dtype)
+    *batch, columns = words.shape
+    of_tiles = _in_tiles(words, 3 * TILE // 8)
+    x = _e5m6().unpack(_aligned(of_tiles, 0), _aligned(scales.reshape(-1), 0), impl)
+    return x[: len(of_tiles)].reshape(*batch, -1)[..., : columns // 3 * 8].astype(dtype)
 
 
 def _kernels() -> ModuleType:
     from dsjax.pallas.quantize import kernels  # see `choice`
 
     return kernels
+
+
+def _e5m6() -> ModuleType:
+    from dsjax.pallas.quantize import e5m6
+
+    return e5m6
 
 
 def _resolve(
@@ -244,17 +264,18 @@ def _resolve(
     raise ValueError(f"quantizers: there is no kernel for {unsupported}; 'auto' and 'xla' compute it")
 
 
-def _only_xla(impl: Fp8Kernel, what: str) -> None:
-    if resolve(impl) != "xla" and impl != "auto":
-        raise ValueError(f"quantizers: there is no kernel for {what}; 'auto' and 'xla' compute it")
-
-
 def _aligned(x: Array, *axes: int) -> Array:
     # Columns of codes, a byte each, decide; rows are columns of what is written transposed.
     from dsjax.pallas.quantize.stream import ALIGNMENT
 
     padding = [(0, -n % ALIGNMENT if axis in axes else 0) for axis, n in enumerate(x.shape)]
     return jnp.pad(x, padding) if any(after for _, after in padding) else x
+
+
+def _in_tiles(x: Array, columns: int) -> Array:
+    """Return tiles as rows, the last of each row of `x` filled up with zeros."""
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % columns)]
+    return (jnp.pad(x, padding) if x.shape[-1] % columns else x).reshape(-1, columns)
 
 
 def _halves(gate_up: Float[Array, "M F2"]) -> tuple[int, int]:

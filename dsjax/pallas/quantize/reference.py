@@ -8,8 +8,11 @@ activations and their gradients, 128 x 1 where a product sums over tokens, and 1
 Not a number or infinite values make a scale that is not finite, and so show in every product with their tile.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float8e4m3fn, Int32, UInt32
 
 E4M3 = jnp.float8_e4m3fn
@@ -155,34 +158,75 @@ def pack_e5m6(x: Float[Array, "*batch K"]) -> tuple[UInt32[Array, "*batch 3K/8"]
     Raises:
         ValueError: K is no multiple of 8.
     """
-    if x.shape[-1] % 8:
-        raise ValueError(f"E5M6 packs 8 values in 3 words: the last axis is {x.shape[-1]}, should be a multiple of 8")
+    check_octets(x.shape[-1])
     divided, scales = _scaled(x, TILE, True, E5M6_LARGEST)
-    bits = lax.bitcast_convert_type(divided, jnp.uint32)
-    sign, magnitude = bits >> 31, bits & 0x7FFFFFFF
-    mantissa = (bits & 0x7FFFFF) | 0x800000
-    below = jnp.clip(126 - (magnitude >> 23).astype(jnp.int32), 14, 31).astype(jnp.uint32)  # of a subnormal float16
-    half = jnp.where(magnitude >> 23 >= 113, (magnitude - (112 << 23)) >> 13, mantissa >> below)
-    kept = half >> 4
-    kept += (kept & 1) + (bits & 0x1FFFF) > 0x10000
-    codes = (sign << 11 | kept).reshape(*x.shape[:-1], -1, 8)
-    h = [codes[..., i] for i in range(8)]
-    words = [h[0] << 20 | h[1] << 8 | h[2] >> 4, h[2] << 28 | h[3] << 16 | h[4] << 4 | h[5] >> 8]
-    words.append(h[5] << 24 | h[6] << 12 | h[7])
+    codes = e5m6_codes(divided).reshape(*x.shape[:-1], -1, 8)
+    words = e5m6_words([codes[..., i] for i in range(8)])
     return jnp.stack(words, -1).reshape(*x.shape[:-1], -1), scales
 
 
-def unpack_e5m6(words: UInt32[Array, "*batch 3K/8"], scales: Float[Array, "*batch K/128"]) -> Float[Array, "*batch K"]:
-    """Return what `pack_e5m6` packed, in float32."""
+def unpack_e5m6(
+    words: UInt32[Array, "*batch 3K/8"], scales: Float[Array, "*batch K/128"], *, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*batch K"]:
+    """Return what `pack_e5m6` packed."""
     w = words.reshape(*words.shape[:-1], -1, 3)
-    w0, w1, w2 = (w[..., i] for i in range(3))
-    codes = [w0 >> 20, w0 >> 8, w0 << 4 | w1 >> 28, w1 >> 16, w1 >> 4, w1 << 8 | w2 >> 24, w2 >> 12, w2]
-    codes = (jnp.stack(codes, -1) & 0xFFF).reshape(*words.shape[:-1], -1)
-    exponent, mantissa = codes >> 6 & 0x1F, codes & 0x3F
-    normal = lax.bitcast_convert_type((exponent + 112) << 23 | mantissa << 17, jnp.float32)
-    magnitude = jnp.where(exponent > 0, normal, mantissa.astype(jnp.float32) * 2.0**-20)
-    values = jnp.where(codes >> 11 == 1, -magnitude, magnitude)
-    return values * jnp.repeat(scales, TILE, axis=-1)[..., : values.shape[-1]]
+    codes = jnp.stack(e5m6_of_words([w[..., i] for i in range(3)]), -1).reshape(*words.shape[:-1], -1)
+    values = e5m6_values(codes)
+    return (values * jnp.repeat(scales, TILE, axis=-1)[..., : values.shape[-1]]).astype(dtype)
+
+
+def check_octets(k: int) -> None:
+    """Raise a ValueError where K numbers do not fill words of E5M6."""
+    if k % 8:
+        raise ValueError(f"E5M6 packs 8 values in 3 words: the last axis is {k}, should be a multiple of 8")
+
+
+def e5m6_codes(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """Return the codes of numbers up to 65024: a sign, 5 bits of exponent and 6 of mantissa.
+
+    The last 17 bits of float32 decide the rounding, what is above them becomes the code. Of a normal number that is its
+    exponent, with another bias, and its mantissa. Of a subnormal one it is how many 2^-20 are in it, fewer than 64.
+    Numbers below 2^-126 are zero to processors that know no subnormal float32, as XLA's on a CPU; to others, they may
+    have the code of 2^-20, as others below it.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = bits & 0x7FFFFFFF
+    steps = lax.bitcast_convert_type(jnp.minimum(magnitude, 113 << 23), jnp.float32) * 2.0**20
+    code = jnp.maximum(magnitude - (112 << 23), steps.astype(jnp.int32) << 17 | magnitude & 0x1FFFF)
+    code = (code + 0xFFFF + (code >> 17 & 1)) >> 17
+    return lax.bitcast_convert_type(bits >> 20 & 0x800 | code, jnp.uint32)
+
+
+def e5m6_values(codes: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return the numbers of codes, of which more than 12 bits may be given."""
+    magnitude = (codes & 0x7FF) << 17
+    normal = lax.bitcast_convert_type(magnitude + (112 << 23), jnp.float32)
+    subnormal = lax.bitcast_convert_type(magnitude + (113 << 23), jnp.float32) - 2.0**-14
+    value = lax.bitcast_convert_type(jnp.where(codes & 0x7C0 != 0, normal, subnormal), jnp.uint32)
+    return lax.bitcast_convert_type(value | codes >> 11 << 31, jnp.float32)
+
+
+def e5m6_words(h: Sequence[UInt32[Array, "*shape"]]) -> list[UInt32[Array, "*shape"]]:
+    """Return the 3 words of 8 codes, the first in the highest bits."""
+    return [
+        h[0] << 20 | h[1] << 8 | h[2] >> 4,
+        h[2] << 28 | h[3] << 16 | h[4] << 4 | h[5] >> 8,
+        h[5] << 24 | h[6] << 12 | h[7],
+    ]
+
+
+def e5m6_of_words(w: Sequence[UInt32[Array, "*shape"]]) -> list[UInt32[Array, "*shape"]]:
+    """Return the 8 codes of 3 words, in their last 12 bits."""
+    return [
+        w[0] >> 20,
+        w[0] >> 8,
+        w[0] << 4 | w[1] >> 28,
+        w[1] >> 16,
+        w[1] >> 4,
+        w[1] << 8 | w[2] >> 24,
+        w[2] >> 12,
+        w[2],
+    ]
 
 
 def _silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

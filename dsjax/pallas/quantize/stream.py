@@ -62,7 +62,9 @@ class Tile:
     def buffers(self, count: int, array: Any) -> plgpu.SMEM:
         """Return `count` buffers for its part of an array."""
         shape = (count, *(n for n in self.shape if n is not None))
-        return swizzled(shape, array.dtype, array.shape[-1]) if self.swizzled else plgpu.SMEM(shape, array.dtype)
+        if self.swizzled:
+            return swizzled(shape, array.dtype, array.shape[-1])
+        return plgpu.SMEM(shape, array.dtype, transforms=unswizzled(shape[-1]) if len(shape) > 2 else ())
 
     def nbytes(self, dtype: Any) -> int:
         """Return its size."""
@@ -79,6 +81,11 @@ def swizzled(shape: tuple[int, ...], dtype: Any, columns: int) -> plgpu.SMEM:
     width = next(width for width in (128, 64, 32) if width <= row and columns * size % width == 0)
     transforms = (plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def unswizzled(columns: int) -> tuple[plgpu.TilingTransform]:
+    """Return what leaves a matrix of so many columns as it is; without, Mosaic would choose for it."""
+    return (plgpu.TilingTransform((1, columns)),)
 
 
 def stream(

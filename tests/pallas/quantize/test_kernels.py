@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.pallas.quantize import api, kernels, reference
+from dsjax.pallas.quantize import api, e5m6, kernels, reference
 
 E4M3 = reference.E4M3
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -189,6 +189,80 @@ def test_rms_norm_tiles(interpreted, m, k, dtype):
 )
 def test_rows_of_an_rms_norm(k, rows):
     assert kernels.rms_norm_rows(k) == rows
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (16, 512),
+        pytest.param((5, 640), id="partial"),
+        pytest.param((70, 1280), id="many"),
+        pytest.param((3, 7, 136), id="padded"),
+    ],
+)
+def test_e5m6(interpreted, shape, dtype):
+    x = tensor(shape, dtype)
+    words, scales = interpreted(api.pack_e5m6, x)
+    equal((words, scales), defined(reference.pack_e5m6, x))
+    got = interpreted(api.unpack_e5m6, words, scales, dtype=dtype)
+    equal(got, defined(reference.unpack_e5m6, words, scales, dtype=dtype))
+    assert got.dtype == dtype
+
+
+def test_e5m6_of_every_float16(interpreted):
+    """Beside one that makes every tile's scale 1; zeros, subnormal numbers and ties are among them."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    every = every[np.isfinite(every) & (np.abs(every) <= reference.E5M6_LARGEST)]
+    every = np.pad(every, (0, -every.size % 127)).reshape(-1, 127)
+    x = np.concatenate([every, np.full((every.shape[0], 1), reference.E5M6_LARGEST, np.float32)], 1)
+    words, scales = interpreted(api.pack_e5m6, jnp.asarray(x))
+    assert (np.asarray(scales) == 1).all()
+    equal((words, scales), defined(reference.pack_e5m6, x))
+    equal(interpreted(api.unpack_e5m6, words, scales), defined(reference.unpack_e5m6, words, scales))
+
+
+def test_e5m6_of_all_codes(interpreted):
+    """Also those that packing does not make: of the largest exponent."""
+    codes = np.arange(2**12, dtype=np.uint32).reshape(-1, 8)
+    words = jnp.stack(reference.e5m6_words(list(jnp.asarray(codes.T))), -1).reshape(-1, 48)
+    scales = jnp.asarray(np.exp2(np.arange(-20, 12))[:, None], F32)
+    got = interpreted(api.unpack_e5m6, words, scales)
+    sign, exponent, mantissa = codes >> 11, codes >> 6 & 31, codes & 63
+    values = np.where(exponent > 0, (64 + mantissa) * 2.0 ** (exponent - 21.0), mantissa * 2.0**-20)
+    np.testing.assert_array_equal(got, (np.where(sign, -values, values)).reshape(-1, 128) * np.asarray(scales))
+
+
+def test_e5m6_of_what_is_not_finite(interpreted):
+    x = tensor((16, 512), F32).at[5, 6].set(jnp.nan).at[7, 130].set(jnp.inf)
+    words, scales = interpreted(api.pack_e5m6, x)
+    want, want_scales = api.pack_e5m6(x, impl="xla")
+    np.testing.assert_array_equal(scales, want_scales)
+    finite = np.isfinite(want_scales)
+    assert finite.sum() == finite.size - 2
+    got, want = (np.asarray(y).reshape(16, 4, 48) for y in (words, want))
+    np.testing.assert_array_equal(got[finite], want[finite])
+    values = np.asarray(interpreted(api.unpack_e5m6, words, scales)).reshape(16, 4, 128)
+    np.testing.assert_array_equal(np.isfinite(values).all(-1), finite)
+    assert not np.isfinite(values[~finite]).any()
+
+
+def test_threads_of_e5m6_hold_whole_octets():
+    """In the register arrays that the kernels take apart and put together, which the interpreter does not see."""
+
+    def owner(layout, index):
+        place = layout.tiling.tile_indices(index)
+        *register, vector = (0 if i - len(place) in of_threads(layout) else at for i, at in enumerate(place))
+        return [place[d] for d in of_threads(layout)], register, vector
+
+    def of_threads(layout):
+        return (*layout.warp_dims, *layout.lane_dims)
+
+    values, parts = e5m6.LAYOUT.to_mgpu(), e5m6.OF_PART.to_mgpu()
+    for row, octet, i in np.ndindex(64, 16, 8):
+        threads, register, vector = owner(values, (row, 8 * octet + i))
+        assert owner(parts, (row, octet)) == (threads, register, 0) and vector == i
+        assert threads == [row % 8 // 2, row % 2, octet]
 
 
 def test_more_steps_than_buffers(interpreted):

@@ -1,0 +1,56 @@
+"""A slice of DeepSeek-V3's own run, compiled for GPUs that are not there, beside its plan."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsjax.planning.aot import can_compile_for_gpus
+from dsjax.planning.compiled import compile_step, purpose
+from dsjax.planning.hlo import Collective
+from dsjax.planning.report import report_of
+from dsjax.settings import load_config
+
+PURPOSES = {
+    *("all-to-all (expert exchange)", "all-to-all (expert exchange, overflow)"),
+    *("all-gather (weights)", "reduce-scatter (gradients)", "collective-permute (between stages)"),
+    "all-reduce (sums)",
+}
+"""Collectives that the design names: docs/pipeline.md, and `parallel.sharding`."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "what"),
+    [
+        ("all-to-all", "jit(step)/pair/F/ffn/dispatch/all_to_all", "expert exchange"),
+        ("all-to-all", "jit(step)/pair/B/ffn/overflow/cond/dispatch/all_to_all", "expert exchange, overflow"),
+        ("all-gather", "jit(step)/shmap_body/all_gather", "weights"),
+        ("collective-permute", "jit(step)/while/body/ppermute", "between stages"),
+        ("all-to-all", "jit(step)/transpose", "other"),
+        ("all-gather", "", "unnamed"),
+    ],
+)
+def test_what_a_collective_is_for(kind, name, what):
+    assert purpose(Collective(kind, 1, (), name, "", 0)) == what
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not can_compile_for_gpus(), reason="JAX's CUDA plugin is not installed: uv run --extra cuda13 pytest -m slow"
+)
+def test_four_layers_on_each_of_two_stages():
+    """Full widths and EP 16 on 32 H800s: memory, no collective that nobody asked for, tokens under products."""
+    config = load_config(["configs/v3_671b.toml"])
+    config = replace(
+        config,
+        model=replace(config.model, num_hidden_layers=11),
+        mesh=replace(config.mesh, pipe=2, data=1, node=2),
+        train=replace(config.train, batch_size=128, micro_batch_size=16, batch_ramp_start=0, batch_ramp_fraction=0.0),
+    )
+    plan, found = report_of(config, "h800").memory, compile_step(config, "h800")
+    print(*found.lines(plan), sep="\n")
+    state = ("master_weights", "moments", "router_biases", "tokens")
+    # And three numbers that change from step to step.
+    assert found.argument_bytes == pytest.approx(sum(plan.device[name] for name in state), rel=1e-3)
+    assert found.total_bytes == pytest.approx(plan.total, rel=0.15)
+    assert set(found.collectives) <= PURPOSES
+    assert found.hidden_all_to_all > 7 / 8
