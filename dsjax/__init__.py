@@ -23,6 +23,9 @@ _HOME = {
     "load_huggingface": "dsjax.checkpoint.huggingface",
     "save_huggingface": "dsjax.checkpoint.huggingface",
     # Inference
+    "Engine": "dsjax.inference.engine",
+    "EngineSettings": "dsjax.inference.settings",
+    "Sampling": "dsjax.inference.sampling",
     "load_model": "dsjax.inference.load",
 }
 

@@ -1,10 +1,10 @@
-"""From logits to the next token: temperature, top-k, top-p, and a seed per request.
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, and a seed per request.
 
 A draw is a pure function of a request's logits, settings, seed and position. It depends neither on what else is in the
 batch nor on how the tokens before came about.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+MOST_LOGPROBS = 20
+"""Likeliest tokens that can be told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,12 @@ class Sampling:
     """Choose among this many likeliest tokens; 0 for all. It applies before `top_p`."""
     seed: int = 0
     """Same seed, same tokens."""
+    repetition_penalty: float = 1.0
+    """What positive logits of tokens that are in the prompt or the answer are divided by, and negative ones multiplied
+    with, as transformers does; before all else."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token, and of this many likeliest ones: natural logarithms, of the model's own
+    distribution, before any of the settings above. None tells nothing."""
 
     def __post_init__(self) -> None:
         laws = {
@@ -33,6 +42,8 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "greater than 0 and at most 1"),
             "top_k": (0 <= self.top_k < 2**31, "at least 0 and below 2**31"),
             "seed": (0 <= self.seed < 2**32, "at least 0 and below 2**32"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "greater than 0, and finite"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
         }
         for name, (holds, right) in laws.items():
             if not holds:
@@ -46,20 +57,72 @@ class Choice(NamedTuple):
     top_p: Float[Array, " B"]
     top_k: Int[Array, " B"]
     seed: UInt32[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    logprobs: Bool[Array, " B"]
+    """Whether a request wants any."""
+
+
+class Drawn(NamedTuple):
+    """The chosen tokens of B requests, and their log-probabilities where any of the requests wants some, else zeros."""
+
+    tokens: Int[Array, " B"]
+    logprobs: Float[Array, " B"]
+    likeliest: Int[Array, "B n"]
+    """The likeliest tokens, best first; n is `MOST_LOGPROBS`, or the vocabulary if that is smaller."""
+    likeliest_logprobs: Float[Array, "B n"]
 
 
 def choice(requests: Sequence[Sampling]) -> Choice:
     """Return the settings of a batch of requests."""
 
-    def column(name: str, dtype: type) -> Array:
-        return jnp.asarray(np.array([getattr(request, name) for request in requests], dtype))
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(request, name) for request in requests], dtype)
 
     return Choice(
         temperature=column("temperature", np.float32),
         top_p=column("top_p", np.float32),
         top_k=column("top_k", np.int32),
         seed=column("seed", np.uint32),
+        repetition_penalty=column("repetition_penalty", np.float32),
+        logprobs=np.array([request.logprobs is not None for request in requests]),
     )
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    choice: Choice,
+    positions: Int[Array, " B"],
+    seen: Callable[[], Bool[Array, "B V"]],
+    first: Bool[Array, "#B V"] | None = None,
+) -> Drawn:
+    """Return a token for each request, and what it wants to know about it.
+
+    Args:
+        logits: float32, the model's own.
+        choice: settings of the requests.
+        positions: see `sample`.
+        seen: gives the tokens that repetition penalties are for; only read where there is one.
+        first: which tokens may be chosen; by default all.
+    """
+
+    def penalized() -> Float[Array, "B V"]:
+        penalty = choice.repetition_penalty[:, None]
+        return jnp.where(seen(), jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    scores = jax.lax.cond((choice.repetition_penalty != 1).any(), penalized, lambda: logits)
+    tokens = sample(scores if first is None else jnp.where(first, scores, -jnp.inf), choice, positions)
+    count = min(MOST_LOGPROBS, logits.shape[1])
+
+    def told() -> Drawn:
+        values = jax.nn.log_softmax(logits, axis=-1)
+        best, likeliest = jax.lax.top_k(values, count)
+        return Drawn(tokens, jnp.take_along_axis(values, tokens[:, None], axis=1)[:, 0], likeliest, best)
+
+    def untold() -> Drawn:
+        nothing = jnp.zeros((len(tokens), count), jnp.int32)
+        return Drawn(tokens, jnp.zeros(len(tokens), jnp.float32), nothing, nothing.astype(jnp.float32))
+
+    return jax.lax.cond(choice.logprobs.any(), told, untold)
 
 
 def sample(logits: Float[Array, "B V"], choice: Choice, positions: Int[Array, " B"]) -> Int[Array, " B"]:

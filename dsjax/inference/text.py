@@ -1,6 +1,6 @@
 """Tokens and text at the seam: text that grows token by token, and prompts that end within a word."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -13,33 +13,66 @@ INCOMPLETE = 3
 """Bytes of a UTF-8 character that may be there before its last one."""
 
 
-def stream_text(
-    tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = (), shown: str | None = None
-) -> Iterator[str]:
-    """Yield the text of tokens as they come, never a part of a character that the next token could complete.
+class TextStream:
+    """Text that grows token by token; never a part of a character that the next token could complete."""
 
-    Args:
-        tokenizer: of the tokens.
-        ids: the tokens.
-        before: tokens in front of them.
-        shown: beginning of the text of all of these that is not to be yielded; by default the text of `before`.
-    """
-    # Only what came since the text last ended with a whole character is decoded again, and what came just before,
-    # because some tokenizers drop a space in front of the first token.
-    context, pending = list(before), []
-    done = len(tokenizer.decode(context) if shown is None else shown)
-    for id in ids:
-        pending.append(id)
-        text = tokenizer.decode(context + pending)
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), shown: str | None = None):
+        """Begins behind other tokens.
+
+        Args:
+            tokenizer: of the tokens.
+            before: tokens in front of the first.
+            shown: beginning of the text of all tokens that is not to be returned; by default the text of `before`.
+        """
+        self._tokenizer = tokenizer
+        # Only what came since the text last ended with a whole character is decoded again, and what came just before,
+        # because some tokenizers drop a space in front of the first token.
+        self._context, self._pending = list(before), []
+        self._done = len(tokenizer.decode(self._context) if shown is None else shown)
+
+    def push(self, id: int) -> str:
+        """Returns the text that a token adds, which may be none."""
+        self._pending.append(id)
+        text = self._tokenizer.decode(self._context + self._pending)
         whole = len(text) - min(INCOMPLETE, len(text) - len(text.rstrip(UNKNOWN)))
-        if whole > done:
-            yield text[done:whole]
-            done = whole
-        if whole == len(text) == done:
-            context, pending = pending, []
-            done = len(tokenizer.decode(context))
-    if rest := tokenizer.decode(context + pending)[done:]:
-        yield rest
+        new = text[self._done : whole]
+        self._done = max(self._done, whole)
+        if whole == len(text) == self._done:
+            self._context, self._pending = self._pending, []
+            self._done = len(self._tokenizer.decode(self._context))
+        return new
+
+    def flush(self) -> str:
+        """Returns what was held back, now that nothing follows."""
+        return self._tokenizer.decode(self._context + self._pending)[self._done :]
+
+
+class StopStrings:
+    """Ends a text in front of the first of some strings, wherever the borders of its pieces are."""
+
+    def __init__(self, strings: Sequence[str]):
+        """Raises ValueError for a string without characters."""
+        if "" in strings:
+            raise ValueError("stop = '': must have at least one character")
+        self._strings, self._held = strings, ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Takes the next piece; returns text that is in front of any stop, and whether one has come."""
+        text = self._held + text
+        if found := [at for string in self._strings if (at := text.find(string)) >= 0]:
+            return text[: min(found)], True
+        held = max((_overlap(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def flush(self) -> str:
+        """Returns what was held back because a stop could have begun with it."""
+        return self._held
+
+
+def _overlap(text: str, string: str) -> int:
+    """Characters at the end of a text with which a string begins, fewer than all of it."""
+    return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
 
 
 def reopen_last_token(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.inference.sampling import Sampling, allowed, choice, sample
+from dsjax.inference.sampling import Sampling, allowed, choice, draw, sample
 
 VOCAB = 12
 jitted = jax.jit(allowed)
@@ -88,6 +88,24 @@ def test_a_draw_depends_on_its_own_request_only():
         assert alone.tolist() == [int(together[i])]
 
 
+def test_penalties_and_logprobs_belong_to_their_own_request():
+    requests = [
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, repetition_penalty=2.0, logprobs=1),
+        Sampling(temperature=0.0, repetition_penalty=0.5),
+    ]
+    logits = jnp.tile(jnp.array([-1.0, 1.0, 0.7, -0.2]), (3, 1))
+    seen = jnp.zeros((3, 4), bool).at[:, jnp.array([0, 1])].set(True)
+    drawn = draw(logits, choice(requests), jnp.arange(3), lambda: seen)
+    assert drawn.tokens.tolist() == [1, 2, 1]
+    assert drawn.likeliest.tolist() == [[1, 2, 3, 0]] * 3
+    np.testing.assert_allclose(drawn.logprobs, jax.nn.log_softmax(logits)[jnp.arange(3), drawn.tokens], atol=1e-6)
+    below = draw(logits - 2, choice(requests), jnp.arange(3), lambda: seen)
+    assert below.tokens.tolist() == [1, 2, 1]
+    first = jnp.array([[False, True, False, True]])
+    assert draw(logits, choice(requests), jnp.arange(3), lambda: seen, first).tokens.tolist() == [1, 1, 1]
+
+
 def test_seeds_and_positions_give_other_tokens():
     logits = jnp.zeros((1, 50_000))
 
@@ -106,6 +124,8 @@ def test_seeds_and_positions_give_other_tokens():
         ({"top_p": 0.0}, "top_p = 0.0: must be greater than 0 and at most 1"),
         ({"top_p": 1.5}, "top_p = 1.5: must be greater than 0 and at most 1"),
         ({"top_k": -1}, "top_k = -1: must be at least 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0: must be greater than 0, and finite"),
+        ({"logprobs": 21}, "logprobs = 21: must be 0 to 20"),
         ({"seed": 2**32}, "seed = 4294967296: must be at least 0 and below"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.data.tokenizer import FIM, Tokenizer
-from dsjax.inference.text import UNKNOWN, reopen_last_token, stream_text
+from dsjax.inference.text import UNKNOWN, StopStrings, TextStream, reopen_last_token
 
 
 @pytest.fixture(scope="session")
@@ -20,27 +20,22 @@ def words() -> Tokenizer:
     return Tokenizer(made.to_str(), "made here")
 
 
+def stream_text(tokenizer, ids, before=(), shown=None):
+    """The pieces of text that tokens make."""
+    stream = TextStream(tokenizer, before, shown)
+    for id in ids:
+        if text := stream.push(id):
+            yield text
+    if rest := stream.flush():
+        yield rest
+
+
 def test_a_character_comes_when_it_is_whole(tokenizer):
     a, smile, b = tokenizer.encode(["a", "😁", "b"])
     assert len(smile) > 2
-    pulled = Recorder(a + smile + b)
-    times = [(text, pulled.count) for text in stream_text(tokenizer, pulled)]
-    assert times == [("a", 1), ("😁", len(smile) + 1), ("b", len(smile) + 2)]
-
-
-class Recorder:
-    """Iterates over ids and counts how many were asked for."""
-
-    def __init__(self, ids):
-        self.ids, self.count = iter(ids), 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        id = next(self.ids)
-        self.count += 1
-        return id
+    stream = TextStream(tokenizer)
+    assert [stream.push(id) for id in a + smile + b] == ["a", *[""] * (len(smile) - 1), "😁", "b"]
+    assert stream.flush() == ""
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=UNKNOWN)))
@@ -96,3 +91,31 @@ def test_a_special_token_does_not_lengthen_text(tokenizer):
     assert tokenizer.token(prompt[-1])[-1] == "<"
     _, first = reopen_last_token(tokenizer, [prompt[0], tokenizer.encode(["<"])[0][0]], 400)
     assert not first[[tokenizer.bos, tokenizer.eos, *tokenizer.fim]].any()
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_wherever_pieces_end(text, strings, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+    stops, shown, stopped = StopStrings(strings), "", False
+    for piece in pieces:
+        new, stopped = stops.push(piece)
+        shown += new
+        if stopped:
+            break
+    # At the piece where the first of them is complete, the text ends in front of the earliest that is there.
+    ends = [text.find(string) + len(string) for string in strings if string in text]
+    assert stopped == bool(ends)
+    if stopped:
+        known = next(text[:end] for end in [*cuts, len(text)] if end >= min(ends))
+        assert shown == text[: min(known.find(string) for string in strings if string in known)]
+    else:
+        assert shown + stops.flush() == text
+
+
+def test_text_is_held_back_only_as_long_as_a_stop_may_come():
+    stops = StopStrings(["\n\n", "END"])
+    assert [stops.push(piece)[0] for piece in ("a\n", "b", "E", "N", "d", "\n")] == ["a", "\nb", "", "", "ENd", ""]
+    assert stops.flush() == "\n"
+    with pytest.raises(ValueError, match="stop = ''"):
+        StopStrings(["x", ""])
