@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.model.layers import linear
 
-PRODUCT_BYTES = 2**29
+PRODUCT_BYTES = 2**28
 """Of the head's gradient for a chunk of tokens, how much is made at once before it is added to that of others."""
 
 

@@ -12,6 +12,7 @@ from dsjax.settings import load_config
 
 PURPOSES = {
     *("all-to-all (expert exchange)", "all-to-all (expert exchange, overflow)"),
+    "all-reduce (expert exchange, overflow)",  # the vote on whether there is one
     *("all-gather (weights)", "reduce-scatter (gradients)", "collective-permute (between stages)"),
     "all-reduce (sums)",
 }
