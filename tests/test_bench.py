@@ -74,7 +74,7 @@ def test_a_dry_run_goes_through_everything(capsys):
     by_group = {group: [r for r in report["results"] if r["group"] == group] for group in kernels.GROUPS}
     assert all(by_group.values())
     for result in by_group.pop("check"):
-        assert {"max_relative_error", "differing_codes", "differing_words", "max_relative_error_0"} & set(result)
+        assert any(key.startswith(("max_relative_error", "differing_")) for key in result)
     (tuned,) = by_group.pop("tune")
     assert len(tuned["cuts"]) == 2 and tuned["chosen_over_best"] >= 1
     for group, results in by_group.items():

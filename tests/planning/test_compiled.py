@@ -40,7 +40,7 @@ def test_what_a_collective_is_for(kind, name, what):
 )
 def test_four_layers_on_each_of_two_stages():
     """Full widths and EP 16 on 32 H800s: memory, no collective that nobody asked for, tokens under products."""
-    config = load_config(["configs/v3_671b.toml"])
+    config = load_config(["v3_671b"])
     config = replace(
         config,
         model=replace(config.model, num_hidden_layers=11),

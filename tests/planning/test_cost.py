@@ -24,7 +24,7 @@ MEMORY = Memory(HELD, {}, activation_bytes=4096 * 7168 * 2)
 
 @pytest.fixture(scope="module")
 def v3():
-    return load_config(["configs/v3_671b.toml"])
+    return load_config(["v3_671b"])
 
 
 def model(config, chip=H800, system="report"):

@@ -34,7 +34,7 @@ def on_first_device(tree):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(pipe=2, data=2, local=2), MeshConfig(data=4), MeshConfig()])
 def test_the_state_is_that_of_the_live_arrays(mesh):
-    config = load_config(["configs/tiny_v3.toml"])
+    config = load_config(["tiny_v3"])
     config = replace(config, mesh=mesh)
     state = initial_state(config, make_mesh(config.mesh))
     found = state_bytes(config)
@@ -45,7 +45,7 @@ def test_the_state_is_that_of_the_live_arrays(mesh):
 
 @pytest.fixture(scope="module")
 def tiny_v3():
-    config = load_config(["configs/tiny_v3.toml"])
+    config = load_config(["tiny_v3"])
     return config, planned(config)
 
 
@@ -100,7 +100,7 @@ def test_other_schedules_hold_less(tiny_v3):
 
 @pytest.fixture(scope="module")
 def v3():
-    return planned(load_config(["configs/v3_671b.toml"]))
+    return planned(load_config(["v3_671b"]))
 
 
 def test_the_released_model_on_2048_gpus(v3):

@@ -16,7 +16,7 @@ from dsjax.training.schedule import Schedule
 @pytest.fixture(scope="module")
 def recipe(text, tmp_path_factory):
     """Five steps of 8, 8, 12, 16 and 16 sequences: two sizes under ZB1P, one under DualPipe."""
-    config = load_config(["configs/tiny_v3.toml"])
+    config = load_config(["tiny_v3"])
     cache = str(tmp_path_factory.mktemp("cache"))
     data = replace(config.data, source="text", path=str(text), cache=cache, sequence_length=64, fim_rate=0.0)
     model = replace(config.model, vocab_size=300, num_hidden_layers=4)
