@@ -36,8 +36,9 @@ def test_a_run(run, small, random_parameters, tokenizer, ema):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, caplog):
-    victim = max((copy / "checkpoints" / "2").rglob("d/*"), key=lambda file: file.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:1000])
+    # All files, because arrays that generating does not need may lie in any one, differently from save to save.
+    for victim in (copy / "checkpoints" / "2").rglob("d/*"):
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     assert "step 1 of" in load_model(copy).origin
     assert "checkpoints/2 is damaged" in caplog.text
 
