@@ -10,6 +10,7 @@ from dsjax.planning.hlo import Collective
 from dsjax.planning.report import report_of
 from dsjax.settings import load_config
 
+
 @pytest.mark.parametrize(
     ("kind", "name", "what"),
     [
