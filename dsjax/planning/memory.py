@@ -19,6 +19,7 @@ from dsjax.parallel.mesh import AXES
 from dsjax.parallel.sharding import batch_spec, partitions, specs
 from dsjax.pipeline.executor import Executor
 from dsjax.pipeline.schedule import Kind
+from dsjax.pipeline.simulate import peak_activations, peak_deferred
 from dsjax.pipeline.step import executor_of_device
 from dsjax.planning.liveness import Peak, peak
 from dsjax.runtime import Runtime
@@ -104,7 +105,6 @@ def memory_of(config: Config, runtime: Runtime) -> Memory:
         found["working"] = _working_set(executor)
         found["ranks"] = _used(executor)
         found["kept"] = nbytes(executor.pieces.residual_avals), nbytes(executor.x)
-        found["layers"] = sum(1 for _ in executor.weights[0])
         return mtp_weight
 
     state: TrainState = jax.eval_shape(lambda: drawn_state(config))
@@ -172,8 +172,6 @@ def _unquantized(weights: PyTree, quantized: PyTree) -> Iterable[Any]:
 
 def _used(executor: Executor) -> list[dict[str, int]]:
     """Return of each rank how much of what it holds its own layers fill."""
-    from dsjax.pipeline.simulate import peak_activations, peak_deferred
-
     schedule, pieces = executor.program.schedule, executor.pieces
     in_flight, waiting = peak_activations(schedule), peak_deferred(schedule)
     used = []
@@ -192,8 +190,12 @@ def _working_set(executor: Executor) -> Peak:
     """Return the largest peak of the intermediate results of any op of a step."""
     state, table = executor.empty(), jnp.asarray(executor.program.table)
     worst = Peak(0, {})
-    branches = {branch: None for segment in executor.program.segments for phase in range(len(segment.phases))
-                for branch in executor.branches(segment, phase)[0]}  # fmt: skip
+    branches = [
+        branch
+        for segment in executor.program.segments
+        for phase in range(len(segment.phases))
+        for branch in executor.branches(segment, phase)[0]
+    ]
     # A pair of a forward and a backward pass has the intermediate results of both; alone they have less.
     pairs = [branch for branch in branches if len({kind.role for kind, _ in branch[0]} & {Kind.F, Kind.B}) == 2]
     # Layers follow one another, so that one of each stage has as much at once as all.
