@@ -122,6 +122,11 @@ class Recipe:
     num_sms: int = 132
     """Multiprocessors that persistent kernels take; the others are left to communication."""
 
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """The arguments of quantizers and products that say so."""
+        return {"impl": self.impl, "num_sms": self.num_sms}
+
 
 DEEPSEEK = Recipe()
 """1 x 128 tiles and 128 x 128 blocks (report section 3.3)."""

@@ -82,7 +82,7 @@ def _backward(named, residuals, cotangents):
         d_results = plan.expand(plan.again(gradients(dy, recipe, power_of_two=True, of=down.name)))
     d_activated = grouped_product(d_results, down.backward(), groups, recipe, dy.dtype)
     hidden = dequantized(kept, recipe).astype(dy.dtype)
-    d_hidden, d_row_weights = quantizers.swiglu_backward(hidden, row_weights, d_activated, impl=recipe.impl)
+    d_hidden, d_row_weights = quantizers.swiglu_backward(hidden, row_weights, d_activated, **recipe.kernels)
     d_rows = grouped_product(gradients(d_hidden, recipe, of=gate_up.name), gate_up.backward(), groups, recipe, dy.dtype)
     with jax.named_scope("dispatch"):
         dx, d_weights = plan.back_with_weights(d_rows, d_row_weights)

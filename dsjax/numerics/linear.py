@@ -99,7 +99,7 @@ def _feed_forward_backward(residuals, dy):
     x, kept, gate_up, down = residuals
     hidden = dequantized(kept, gate_up.recipe).astype(dy.dtype)
     ones = jnp.ones(len(x), jnp.float32)
-    d_hidden, _ = quantizers.swiglu_backward(hidden, ones, input_gradient(dy, down), impl=down.recipe.impl)
+    d_hidden, _ = quantizers.swiglu_backward(hidden, ones, input_gradient(dy, down), **down.recipe.kernels)
     return (
         input_gradient(d_hidden, gate_up),
         gate_up.gradient(weight_gradient(d_hidden, x, gate_up)),
@@ -112,12 +112,12 @@ _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 def kept_in_12_bits(x: Float[Array, "M I"], recipe: Recipe) -> tuple[Array, Array]:
     """Return what a backward pass keeps of the output of attention, under its name."""
-    return named(quantizers.pack_e5m6(x, impl=recipe.impl), "attention_out")
+    return named(quantizers.pack_e5m6(x, **recipe.kernels), "attention_out")
 
 
 def from_12_bits(packed: tuple[Array, Array], dtype: DTypeLike, recipe: Recipe) -> Float[Array, "M I"]:
     """Return what `kept_in_12_bits` kept."""
-    return quantizers.unpack_e5m6(*packed, dtype=dtype, impl=recipe.impl)
+    return quantizers.unpack_e5m6(*packed, dtype=dtype, **recipe.kernels)
 
 
 def forward_product(x: Float[Array, "M I"], w: Fp8Weight) -> Float[Array, "M O"]:

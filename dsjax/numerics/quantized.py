@@ -60,7 +60,7 @@ def activations_transposed(x: Float[Array, "M K"], recipe: Recipe) -> Quantized:
     """Quantize along tokens, and transpose."""
     if recipe.tile != 128:
         return Quantized(*_tiles(x.T, recipe, False))
-    return Quantized(*quantizers.tiles_transposed(x, power_of_two=recipe.power_of_two, impl=recipe.impl))
+    return Quantized(*quantizers.tiles_transposed(x, power_of_two=recipe.power_of_two, **recipe.kernels))
 
 
 def gradients(
@@ -68,7 +68,7 @@ def gradients(
 ) -> Quantized:
     """Quantize gradients of activations along channels: like activations, but in the report's ablation in blocks."""
     if recipe.gradient_blocks:
-        codes, scales = quantizers.blocks(dy, power_of_two=power_of_two or recipe.power_of_two, impl=recipe.impl)
+        codes, scales = quantizers.blocks(dy, power_of_two=power_of_two or recipe.power_of_two, **recipe.kernels)
         quantized = Quantized(codes, jnp.repeat(scales, 128, axis=0)[: dy.shape[0]])
     else:
         quantized = activations(dy, recipe, power_of_two=power_of_two)
@@ -80,7 +80,7 @@ def gradients_transposed(dy: Float[Array, "M K"], recipe: Recipe) -> Quantized:
     """Quantize gradients of activations along tokens, and transpose."""
     if not recipe.gradient_blocks:
         return activations_transposed(dy, recipe)
-    codes, scales = quantizers.blocks(dy, power_of_two=recipe.power_of_two, impl=recipe.impl)
+    codes, scales = quantizers.blocks(dy, power_of_two=recipe.power_of_two, **recipe.kernels)
     return Quantized(codes.T, jnp.repeat(scales.T, 128, axis=0)[: dy.shape[1]])
 
 
@@ -92,7 +92,7 @@ def regrouped(x: Quantized, recipe: Recipe, rows: Int32[Array, "R"] | None = Non
     """
     if recipe.tile == 128 and not recipe.gradient_blocks:
         power_of_two = recipe.power_of_two
-        return Quantized(*quantizers.requantize_transposed(*x, rows, power_of_two=power_of_two, impl=recipe.impl))
+        return Quantized(*quantizers.requantize_transposed(*x, rows, power_of_two=power_of_two, **recipe.kernels))
     if rows is not None:
         x = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="fill", fill_value=0), x)
     return activations_transposed(dequantized(x, recipe), recipe)
@@ -115,7 +115,7 @@ def product(a: Quantized, b: Quantized, recipe: Recipe, out_dtype: DTypeLike, *,
     """
     if recipe.tile != 128:
         return matmul_reference.scaled_matmul(*a, *b, rows=b_rows, tile=recipe.tile, out_dtype=out_dtype)
-    return _products().scaled_matmul(*a, *b, rows=b_rows, out_dtype=out_dtype, impl=recipe.impl, num_sms=recipe.num_sms)
+    return _products().scaled_matmul(*a, *b, rows=b_rows, out_dtype=out_dtype, **recipe.kernels)
 
 
 def grouped_product(
@@ -126,7 +126,7 @@ def grouped_product(
         rows, tile = recipe.weight_rows, recipe.tile
         function = functools.partial(matmul_reference.grouped_scaled_matmul, rows=rows, tile=tile)
     else:
-        function = functools.partial(_products().grouped_scaled_matmul, impl=recipe.impl, num_sms=recipe.num_sms)
+        function = functools.partial(_products().grouped_scaled_matmul, **recipe.kernels)
     return function(*x, *w, groups.group_of_tile, out_dtype=out_dtype)
 
 
@@ -135,7 +135,7 @@ def grouped_sum(dy_t: Quantized, x_t: Quantized, groups: Any, recipe: Recipe) ->
     if recipe.tile != 128:
         function = functools.partial(matmul_reference.grouped_scaled_wgrad, tile=recipe.tile)
     else:
-        function = functools.partial(_products().grouped_scaled_wgrad, impl=recipe.impl, num_sms=recipe.num_sms)
+        function = functools.partial(_products().grouped_scaled_wgrad, **recipe.kernels)
     return function(*dy_t, *x_t, groups.padded_sizes)
 
 
@@ -148,7 +148,7 @@ def swiglu(
         quantized = Quantized(*_tiles(wide, recipe, False))
     else:
         quantized = Quantized(
-            *quantizers.swiglu_tiles(gate_up, weights, power_of_two=recipe.power_of_two, impl=recipe.impl)
+            *quantizers.swiglu_tiles(gate_up, weights, power_of_two=recipe.power_of_two, **recipe.kernels)
         )
     _observe(of, "input", wide, quantized, recipe)
     return quantized
@@ -175,4 +175,4 @@ def _tiles(x: Float[Array, "M K"], recipe: Recipe, power_of_two: bool) -> tuple[
     power_of_two = power_of_two or recipe.power_of_two
     if recipe.tile != 128:
         return quantizers.tiles(x, power_of_two=power_of_two, tile=recipe.tile, impl="xla")
-    return quantizers.tiles(x, power_of_two=power_of_two, impl=recipe.impl)
+    return quantizers.tiles(x, power_of_two=power_of_two, **recipe.kernels)

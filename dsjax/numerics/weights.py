@@ -53,7 +53,7 @@ class Fp8Weight:
         """Return the operand of dx = dy w."""
         if self.transposed_codes is not None:
             return Quantized(self.transposed_codes, self.transposed_scales)
-        codes = quantizers.transpose(self.codes, impl=self.recipe.impl)
+        codes = quantizers.transpose(self.codes, **self.recipe.kernels)
         return Quantized(codes, self.scales.swapaxes(-1, -2))
 
     def kept(self) -> "Fp8Weight":
@@ -90,7 +90,7 @@ def _quantize(name: str, master: Array, recipe: Recipe) -> Fp8Weight:
     if pair:
         w = w.reshape(*w.shape[:-3], -1, w.shape[-1])
     if recipe.tile == 128:
-        codes, scales = quantizers.blocks(w, power_of_two=recipe.power_of_two, impl=recipe.impl)
+        codes, scales = quantizers.blocks(w, power_of_two=recipe.power_of_two, **recipe.kernels)
         return Fp8Weight(master, codes, scales, None, None, recipe, name, dtype, pair)
     both = (quantizers.tiles(m, power_of_two=recipe.power_of_two, tile=recipe.tile) for m in (w, w.swapaxes(-1, -2)))
     (codes, scales), (transposed_codes, transposed_scales) = both

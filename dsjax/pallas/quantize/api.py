@@ -2,7 +2,8 @@
 
 Kernels take BF16 and float32, and tiles of 128. Where rows or columns are no multiple of 32, arrays are padded with
 zeros first and cut afterwards; other partial tiles cost nothing. `auto` takes XLA for what the kernels do not; to ask
-for a kernel where there is none is an error.
+for a kernel where there is none is an error. `num_sms` are the multiprocessors that a kernel takes, at least 1; others
+are left to communication.
 
 Scales have their natural layout, [M, K/128]; kernels write and read most of them transposed, and XLA removes pairs of
 transposes.
@@ -20,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float8e4m3fn, Int32, UInt32
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.choice import resolve
+from dsjax.pallas.choice import NUM_SMS, resolve
 from dsjax.pallas.quantize import reference
 from dsjax.pallas.quantize.reference import TILE, dequantize
 
@@ -40,7 +41,12 @@ __all__ = [
 
 
 def tiles(
-    x: Float[Array, "*batch K"], *, power_of_two: bool = False, tile: int = TILE, impl: Fp8Kernel = "auto"
+    x: Float[Array, "*batch K"],
+    *,
+    power_of_two: bool = False,
+    tile: int = TILE,
+    impl: Fp8Kernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> tuple[Float8e4m3fn[Array, "*batch K"], Float[Array, "*batch K/tile"]]:
     """Quantize in tiles of 1 x 128: codes, and a float32 scale for every tile.
 
@@ -53,12 +59,12 @@ def tiles(
     *batch, k = x.shape
     rows = x.reshape(-1, k)
     m = rows.shape[0]
-    codes, scales = _kernels().tiles(_aligned(rows, 0, 1), impl, power_of_two=power_of_two)
+    codes, scales = _kernels().tiles(_aligned(rows, 0, 1), impl, num_sms, power_of_two=power_of_two)
     return codes[:m, :k].reshape(x.shape), scales[:, :m].T.reshape(*batch, -1)
 
 
 def tiles_transposed(
-    x: Float[Array, "M K"], *, power_of_two: bool = False, impl: Fp8Kernel = "auto"
+    x: Float[Array, "M K"], *, power_of_two: bool = False, impl: Fp8Kernel = "auto", num_sms: int = NUM_SMS
 ) -> tuple[Float8e4m3fn[Array, "K M"], Float[Array, "K M/128"]]:
     """Quantize in tiles of 128 x 1, transposed, as an operand of a product that sums over rows.
 
@@ -69,12 +75,12 @@ def tiles_transposed(
     if impl == "xla":
         return reference.tiles_transposed(x, power_of_two=power_of_two)
     m, k = x.shape
-    codes, scales = _kernels().tiles_transposed(_aligned(x, 0, 1), impl, power_of_two=power_of_two)
+    codes, scales = _kernels().tiles_transposed(_aligned(x, 0, 1), impl, num_sms, power_of_two=power_of_two)
     return codes[:k, :m], scales[:, :k].T
 
 
 def blocks(
-    w: Float[Array, "*batch N K"], *, power_of_two: bool = False, impl: Fp8Kernel = "auto"
+    w: Float[Array, "*batch N K"], *, power_of_two: bool = False, impl: Fp8Kernel = "auto", num_sms: int = NUM_SMS
 ) -> tuple[Float8e4m3fn[Array, "*batch N K"], Float[Array, "*batch N/128 K/128"]]:
     """Quantize in blocks of 128 x 128.
 
@@ -85,7 +91,7 @@ def blocks(
     if impl == "xla":
         return reference.blocks(w, power_of_two=power_of_two)
     *batch, n, k = w.shape
-    codes, scales = _kernels().blocks(_aligned(w.reshape(-1, n, k), 1, 2), impl, power_of_two=power_of_two)
+    codes, scales = _kernels().blocks(_aligned(w.reshape(-1, n, k), 1, 2), impl, num_sms, power_of_two=power_of_two)
     return codes[:, :n, :k].reshape(w.shape), scales.reshape(*batch, *scales.shape[1:])
 
 
@@ -96,6 +102,7 @@ def requantize_transposed(
     *,
     power_of_two: bool = False,
     impl: Fp8Kernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> tuple[Float8e4m3fn[Array, "K M"], Float[Array, "K M/128"]]:
     """Requantize tiles of 1 x 128 in tiles of 128 x 1, transposed.
 
@@ -113,7 +120,7 @@ def requantize_transposed(
         codes, scales = (array.at[rows].get(mode="fill", fill_value=0) for array in (codes, scales))
     m, k = codes.shape
     codes, scales = _kernels().requantize_transposed(
-        _aligned(codes, 0, 1), _aligned(scales.T, 1), impl, power_of_two=power_of_two
+        _aligned(codes, 0, 1), _aligned(scales.T, 1), impl, num_sms, power_of_two=power_of_two
     )
     return codes[:k, :m], scales[:, :k].T
 
@@ -125,6 +132,7 @@ def rms_norm_tiles(
     *,
     power_of_two: bool = False,
     impl: Fp8Kernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> tuple[Float8e4m3fn[Array, "M K"], Float[Array, "M K/128"]]:
     """Quantize RMSNorm(x) in tiles of 1 x 128; the norm is rounded to the type of `x` first, as the layer does.
 
@@ -136,12 +144,17 @@ def rms_norm_tiles(
     impl = _resolve(impl, x, unsupported=None if _kernels().rms_norm_rows(k) else f"an RMSNorm of {k} columns")
     if impl == "xla":
         return reference.rms_norm_tiles(x, gain, eps, power_of_two=power_of_two)
-    codes, scales = _kernels().rms_norm_tiles(_aligned(x, 0), gain, eps, impl, power_of_two=power_of_two)
+    codes, scales = _kernels().rms_norm_tiles(_aligned(x, 0), gain, eps, impl, num_sms, power_of_two=power_of_two)
     return codes[:m], scales[:m]
 
 
 def swiglu_tiles(
-    gate_up: Float[Array, "M F2"], weights: Float[Array, " M"], *, power_of_two: bool = False, impl: Fp8Kernel = "auto"
+    gate_up: Float[Array, "M F2"],
+    weights: Float[Array, " M"],
+    *,
+    power_of_two: bool = False,
+    impl: Fp8Kernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> tuple[Float8e4m3fn[Array, "M F"], Float[Array, "M F/128"]]:
     """Quantize silu(gate) * up * weight in tiles of 1 x 128, all in float32; [gate | up] side by side.
 
@@ -156,13 +169,19 @@ def swiglu_tiles(
         _aligned(gate_up.reshape(m, 2, f), 0, 2),
         _aligned(weights.astype(jnp.float32), 0),
         impl,
+        num_sms,
         power_of_two=power_of_two,
     )
     return codes[:m, :f], scales[:, :m].T
 
 
 def swiglu_backward(
-    gate_up: Float[Array, "M F2"], weights: Float[Array, " M"], dy: Float[Array, "M F"], *, impl: Fp8Kernel = "auto"
+    gate_up: Float[Array, "M F2"],
+    weights: Float[Array, " M"],
+    dy: Float[Array, "M F"],
+    *,
+    impl: Fp8Kernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> tuple[Float[Array, "M F2"], Float[Array, " M"]]:
     """Return the gradients of [gate | up], in the type of `dy`, and of the weights, float32, of what `swiglu_tiles`
     quantizes.
@@ -179,12 +198,13 @@ def swiglu_backward(
         _aligned(weights.astype(jnp.float32), 0),
         _aligned(dy, 0, 1),
         impl,
+        num_sms,
     )
     return gradient[:m, :, :f].reshape(m, 2 * f), parts.sum(0)[:m]
 
 
 def transpose(
-    codes: Float8e4m3fn[Array, "*batch N K"], *, impl: Fp8Kernel = "auto"
+    codes: Float8e4m3fn[Array, "*batch N K"], *, impl: Fp8Kernel = "auto", num_sms: int = NUM_SMS
 ) -> Float8e4m3fn[Array, "*batch K N"]:
     """Transpose codes: those of square blocks stay valid, with their scales transposed.
 
@@ -195,12 +215,12 @@ def transpose(
     if impl == "xla":
         return reference.transpose(codes)
     *batch, n, k = codes.shape
-    transposed = _kernels().transpose(_aligned(codes.reshape(-1, n, k), 1, 2), impl)
+    transposed = _kernels().transpose(_aligned(codes.reshape(-1, n, k), 1, 2), impl, num_sms)
     return transposed[:, :k, :n].reshape(*batch, k, n)
 
 
 def pack_e5m6(
-    x: Float[Array, "*batch K"], *, impl: Fp8Kernel = "auto"
+    x: Float[Array, "*batch K"], *, impl: Fp8Kernel = "auto", num_sms: int = NUM_SMS
 ) -> tuple[UInt32[Array, "*batch 3K/8"], Float[Array, "*batch K/128"]]:
     """Quantize to 12 bits, 5 of exponent and 6 of mantissa, in tiles of 1 x 128 with power-of-two scales.
 
@@ -213,7 +233,7 @@ def pack_e5m6(
     *batch, k = x.shape
     reference.check_octets(k)
     of_tiles = _in_tiles(x, TILE)
-    words, scales = _e5m6().pack(_aligned(of_tiles, 0), impl)
+    words, scales = _e5m6().pack(_aligned(of_tiles, 0), impl, num_sms)
     n = len(of_tiles)
     return words[:n].reshape(*batch, -1)[..., : 3 * k // 8], scales[:n].reshape(*batch, -1)
 
@@ -224,6 +244,7 @@ def unpack_e5m6(
     *,
     dtype: DTypeLike = jnp.float32,
     impl: Fp8Kernel = "auto",
+    num_sms: int = NUM_SMS,
 ) -> Float[Array, "*batch K"]:
     """Return what `pack_e5m6` packed."""
     impl = _resolve(impl, words, types=(jnp.uint32,))
@@ -231,7 +252,7 @@ def unpack_e5m6(
         return reference.unpack_e5m6(words, scales, dtype=dtype)
     *batch, columns = words.shape
     of_tiles = _in_tiles(words, 3 * TILE // 8)
-    x = _e5m6().unpack(_aligned(of_tiles, 0), _aligned(scales.reshape(-1), 0), impl)
+    x = _e5m6().unpack(_aligned(of_tiles, 0), _aligned(scales.reshape(-1), 0), impl, num_sms)
     return x[: len(of_tiles)].reshape(*batch, -1)[..., : columns // 3 * 8].astype(dtype)
 
 

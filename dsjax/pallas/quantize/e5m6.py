@@ -45,7 +45,7 @@ OCTETS = TILE // VALUES
 """Of a row, as many as lanes share it."""
 
 
-def pack(x: Float[Array, "N 128"], impl: Fp8Kernel) -> tuple[UInt32[Array, "N 48"], Float[Array, " N"]]:
+def pack(x: Float[Array, "N 128"], impl: Fp8Kernel, num_sms: int) -> tuple[UInt32[Array, "N 48"], Float[Array, " N"]]:
     """Quantize rows to E5M6, with a power of two for each."""
 
     def compute(_: Any, inputs: list[Any], outputs: list[Any]) -> None:
@@ -61,10 +61,12 @@ def pack(x: Float[Array, "N 128"], impl: Fp8Kernel) -> tuple[UInt32[Array, "N 48
         (jax.ShapeDtypeStruct((n, WORDS * OCTETS), jnp.uint32), _WORDS),
         (jax.ShapeDtypeStruct((n,), jnp.float32), _SCALES),
     ]
-    return tuple(stream(compute, (pl.cdiv(n, ROWS),), [(x, _VALUES)], outputs, impl))
+    return tuple(stream(compute, (pl.cdiv(n, ROWS),), [(x, _VALUES)], outputs, impl, num_sms))
 
 
-def unpack(words: UInt32[Array, "N 48"], scales: Float[Array, " N"], impl: Fp8Kernel) -> Float[Array, "N 128"]:
+def unpack(
+    words: UInt32[Array, "N 48"], scales: Float[Array, " N"], impl: Fp8Kernel, num_sms: int
+) -> Float[Array, "N 128"]:
     """Return what `pack` packed in BF16, which holds it exactly."""
 
     def compute(_: Any, inputs: list[Any], outputs: list[Any]) -> None:
@@ -74,7 +76,7 @@ def unpack(words: UInt32[Array, "N 48"], scales: Float[Array, " N"], impl: Fp8Ke
 
     n = words.shape[0]
     outputs = [(jax.ShapeDtypeStruct((n, TILE), jnp.bfloat16), _VALUES)]
-    return stream(compute, (pl.cdiv(n, ROWS),), [(words, _WORDS), (scales, _SCALES)], outputs, impl)[0]
+    return stream(compute, (pl.cdiv(n, ROWS),), [(words, _WORDS), (scales, _SCALES)], outputs, impl, num_sms)[0]
 
 
 _VALUES, _WORDS = (

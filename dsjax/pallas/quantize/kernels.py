@@ -28,7 +28,7 @@ ROWS = 64
 
 
 def tiles(
-    x: Float[Array, "M K"], impl: Fp8Kernel, *, power_of_two: bool
+    x: Float[Array, "M K"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "M K"], Float[Array, "K/128 M"]]:
     """Quantize in tiles of 1 x 128."""
     m, k = x.shape
@@ -36,11 +36,11 @@ def tiles(
     def compute(_: Any, inputs: list[Any], outputs: list[Any]) -> None:
         _quantize_rows(_load(inputs[0]), *outputs, impl, power_of_two)
 
-    return tuple(stream(compute, _grid(m, k), [(x, _ROWS)], _codes_and_scales(m, k), impl))
+    return tuple(stream(compute, _grid(m, k), [(x, _ROWS)], _codes_and_scales(m, k), impl, num_sms))
 
 
 def swiglu_tiles(
-    gate_up: Float[Array, "M 2 F"], weights: Float[Array, " M"], impl: Fp8Kernel, *, power_of_two: bool
+    gate_up: Float[Array, "M 2 F"], weights: Float[Array, " M"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "M F"], Float[Array, "F/128 M"]]:
     """Quantize silu(gate) * up * weight in tiles of 1 x 128."""
     m, _, f = gate_up.shape
@@ -51,11 +51,11 @@ def swiglu_tiles(
         _quantize_rows(product * _of_rows(inputs[2], product.shape), *outputs, impl, power_of_two)
 
     inputs = [(gate_up, _half(0, TILE)), (gate_up, _half(1, TILE)), (weights, _VECTOR)]
-    return tuple(stream(compute, _grid(m, f), inputs, _codes_and_scales(m, f), impl))
+    return tuple(stream(compute, _grid(m, f), inputs, _codes_and_scales(m, f), impl, num_sms))
 
 
 def swiglu_backward(
-    gate_up: Float[Array, "M 2 F"], weights: Float[Array, " M"], dy: Float[Array, "M F"], impl: Fp8Kernel
+    gate_up: Float[Array, "M 2 F"], weights: Float[Array, " M"], dy: Float[Array, "M F"], impl: Fp8Kernel, num_sms: int
 ) -> tuple[Float[Array, "M 2 F"], Float[Array, "F/64 M"]]:
     """Return the gradients of gate and up, and parts of those of the weights, which are to be added up."""
     m, f = dy.shape
@@ -77,11 +77,11 @@ def swiglu_backward(
     gradient = jax.ShapeDtypeStruct((m, 2, f), dy.dtype)
     # Halves of one array.
     outputs = [(gradient, gate), (None, up), (jax.ShapeDtypeStruct((grid[1], m), jnp.float32), _SCALES)]
-    return tuple(stream(compute, grid, inputs, outputs, impl))
+    return tuple(stream(compute, grid, inputs, outputs, impl, num_sms))
 
 
 def tiles_transposed(
-    x: Float[Array, "M K"], impl: Fp8Kernel, *, power_of_two: bool
+    x: Float[Array, "M K"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "K M"], Float[Array, "M/128 K"]]:
     """Quantize in tiles of 128 x 1, transposed."""
     m, k = x.shape
@@ -89,11 +89,16 @@ def tiles_transposed(
     def compute(_: Any, inputs: list[Any], outputs: list[Any]) -> None:
         _quantize_rows(_load(inputs[0].T), *outputs, impl, power_of_two)
 
-    return tuple(stream(compute, _grid(k, m), [(x, _COLUMNS)], _codes_and_scales(k, m), impl))
+    return tuple(stream(compute, _grid(k, m), [(x, _COLUMNS)], _codes_and_scales(k, m), impl, num_sms))
 
 
 def requantize_transposed(
-    codes: Float8e4m3fn[Array, "M K"], scales: Float[Array, "K/128 M"], impl: Fp8Kernel, *, power_of_two: bool
+    codes: Float8e4m3fn[Array, "M K"],
+    scales: Float[Array, "K/128 M"],
+    impl: Fp8Kernel,
+    num_sms: int,
+    *,
+    power_of_two: bool,
 ) -> tuple[Float8e4m3fn[Array, "K M"], Float[Array, "M/128 K"]]:
     """Requantize tiles of 1 x 128 in tiles of 128 x 1, transposed."""
     m, k = codes.shape
@@ -105,10 +110,10 @@ def requantize_transposed(
 
     of_scales = Tile((None, TILE), lambda i, j: (i * ROWS // TILE, j * TILE), swizzled=False)
     inputs = [(codes, _COLUMNS), (scales, of_scales)]
-    return tuple(stream(compute, _grid(k, m), inputs, _codes_and_scales(k, m), impl, scratch=[_HALVES]))
+    return tuple(stream(compute, _grid(k, m), inputs, _codes_and_scales(k, m), impl, num_sms, scratch=[_HALVES]))
 
 
-def transpose(codes: Float8e4m3fn[Array, "B N K"], impl: Fp8Kernel) -> Float8e4m3fn[Array, "B K N"]:
+def transpose(codes: Float8e4m3fn[Array, "B N K"], impl: Fp8Kernel, num_sms: int) -> Float8e4m3fn[Array, "B K N"]:
     """Transpose codes."""
     batch, n, k = codes.shape
 
@@ -118,11 +123,11 @@ def transpose(codes: Float8e4m3fn[Array, "B N K"], impl: Fp8Kernel) -> Float8e4m
     source = Tile((None, TILE, ROWS), lambda b, i, j: (b, j * TILE, i * ROWS))
     result = Tile((None, ROWS, TILE), lambda b, i, j: (b, i * ROWS, j * TILE))
     outputs = [(jax.ShapeDtypeStruct((batch, k, n), E4M3), result)]
-    return stream(compute, (batch, *_grid(k, n)), [(codes, source)], outputs, impl, scratch=[_HALVES])[0]
+    return stream(compute, (batch, *_grid(k, n)), [(codes, source)], outputs, impl, num_sms, scratch=[_HALVES])[0]
 
 
 def blocks(
-    w: Float[Array, "B N K"], impl: Fp8Kernel, *, power_of_two: bool
+    w: Float[Array, "B N K"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "B N K"], Float[Array, "B N/128 K/128"]]:
     """Quantize in blocks of 128 x 128."""
     batch, n, k = w.shape
@@ -141,7 +146,7 @@ def blocks(
 
     tile = Tile((None, TILE, TILE), lambda b, i, j: (b, i * TILE, j * TILE))
     outputs = [(jax.ShapeDtypeStruct(w.shape, E4M3), tile), (jax.ShapeDtypeStruct(grid, jnp.float32), None)]
-    return tuple(stream(compute, grid, [(w, tile)], outputs, impl))
+    return tuple(stream(compute, grid, [(w, tile)], outputs, impl, num_sms))
 
 
 def rms_norm_rows(k: int) -> int | None:
@@ -154,7 +159,7 @@ def rms_norm_rows(k: int) -> int | None:
 
 
 def rms_norm_tiles(
-    x: Float[Array, "M K"], gain: Float[Array, " K"], eps: float, impl: Fp8Kernel, *, power_of_two: bool
+    x: Float[Array, "M K"], gain: Float[Array, " K"], eps: float, impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "M K"], Float[Array, "M K/128"]]:
     """Quantize RMSNorm(x) in tiles of 1 x 128, for K that `rms_norm_rows` admits.
 
@@ -188,6 +193,7 @@ def rms_norm_tiles(
             (jax.ShapeDtypeStruct((m * parts,), jnp.float32), of_scales),
         ],
         impl,
+        num_sms,
         constants=[(jnp.tile(gain.astype(jnp.float32).reshape(parts, TILE), (rows, 1)), of_parts)],
         scratch=[plgpu.SMEM((ROWS,), jnp.float32)],
     )

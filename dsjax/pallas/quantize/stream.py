@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.choice import NUM_SMS
 from dsjax.pallas.hopper import interpreter
 
 STAGES = (3, 2)
@@ -94,6 +93,7 @@ def stream(
     inputs: Sequence[tuple[jax.Array, Tile]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct | None, Tile | None]],
     impl: Fp8Kernel,
+    num_sms: int,
     *,
     constants: Sequence[tuple[jax.Array, Tile]] = (),
     scratch: Sequence[Any] = (),
@@ -106,9 +106,15 @@ def stream(
         inputs: arrays and what a step reads of them.
         outputs: shapes, None for the same array as the last; and what a step writes, None for an array that stays in
             global memory.
+        num_sms: multiprocessors that it takes; each gets as many blocks of threads as fit.
         constants: what every step reads.
         scratch: further shared memory.
+
+    Raises:
+        ValueError: `num_sms` below 1.
     """
+    if num_sms < 1:
+        raise ValueError(f"num_sms = {num_sms}, should be at least 1")
     steps = prod(grid)
     arrays = [array for array, _ in outputs if array]
     array_of = [sum(array is not None for array, _ in outputs[: i + 1]) - 1 for i in range(len(outputs))]
@@ -120,7 +126,8 @@ def stream(
     memory += sum(tile.nbytes(x.dtype) for x, tile in constants)
     memory += sum(prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch)
     resident = max(1, min(BLOCKS_PER_SM, SHARED_MEMORY_PER_SM // (memory + RESERVED)))
-    blocks = min(steps, 2 if impl == "interpret" else NUM_SMS * resident)
+    # The interpreter's multiprocessors have one each: blocks are threads of Python to it.
+    blocks = min(steps, num_sms * (1 if impl == "interpret" else resident))
 
     def kernel(*refs: Any) -> None:
         refs = list(refs)

@@ -25,7 +25,7 @@ def interpreted(request: pytest.FixtureRequest) -> Callable:
 
         def call() -> None:
             try:
-                outcome["result"] = jax.block_until_ready(f(*args, impl="interpret", **kwargs))
+                outcome["result"] = jax.block_until_ready(f(*args, impl="interpret", **{"num_sms": 2} | kwargs))
             except BaseException as error:
                 outcome["error"] = error
 

@@ -1,13 +1,16 @@
 """The kernels, interpreted with a look for races, against the definitions."""
 
 import functools
+import math
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsjax.pallas.quantize import api, e5m6, kernels, reference
+from dsjax.runtime import made_for
 
 E4M3 = reference.E4M3
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -275,3 +278,38 @@ def test_nothing():
     """A device may have no rows."""
     codes, scales = api.tiles(jnp.ones((0, 256)), impl="interpret")
     assert codes.shape == (0, 256) and scales.shape == (0, 2)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3])
+def test_as_many_multiprocessors_as_it_may_take(interpreted, num_sms):
+    x = tensor((192, 256), BF16)
+    equal(interpreted(api.tiles, x, num_sms=num_sms), defined(reference.tiles, x))
+    assert blocks_of_threads(functools.partial(api.tiles, impl="interpret", num_sms=num_sms), x) == num_sms
+
+
+@pytest.mark.parametrize("f", [api.tiles, api.tiles_transposed, api.blocks, api.pack_e5m6])
+def test_every_multiprocessor_gets_blocks(f):
+    x = jax.ShapeDtypeStruct((4096, 7168), BF16)
+    with made_for("gpu"):
+        all_of_them, fewer = (blocks_of_threads(functools.partial(f, num_sms=n), x) for n in (132, 112))
+    assert all_of_them % 132 == 0 and fewer == all_of_them // 132 * 112
+
+
+def blocks_of_threads(f, *args):
+    (kernel,) = kernels_of(jax.make_jaxpr(f)(*args).jaxpr)
+    (mesh,) = kernel.params["meshes"]
+    return math.prod(mesh.grid)
+
+
+def kernels_of(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "mpmd_map":  # a kernel of Mosaic GPU
+            yield eqn
+        else:
+            for inner in jex.jaxprs_in_params(eqn.params):
+                yield from kernels_of(getattr(inner, "jaxpr", inner))
+
+
+def test_no_multiprocessors(interpreted):
+    with pytest.raises(ValueError, match="num_sms = 0, should be at least 1"):
+        interpreted(api.tiles, tensor((64, 128), BF16), num_sms=0)
