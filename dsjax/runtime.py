@@ -101,7 +101,11 @@ class Exchange(Protocol):
         num_experts: int,
     ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
         """Return, for each token, the sum over its K experts of their outputs times its weights; and the rounds that
-        it took, int32."""
+        it took, int32.
+
+        Args:
+            indices: in [0, num_experts); `num_experts` for nobody, of which nothing comes.
+        """
         ...
 
 

@@ -25,7 +25,7 @@ def apart(layers: PyTree) -> tuple[PyTree, PyTree]:
     return {**layers, "moe": rest}, row
 
 
-def exchange_within_row(layer: Int[Array, ""], layers: int) -> Exchange:
+def exchange_within_row(layer: Int[Array, ""] | int, layers: int) -> Exchange:
     """Return the exchange of one of `layers` MoE layers, whose experts are those of all layers."""
 
     def exchange(
@@ -35,8 +35,9 @@ def exchange_within_row(layer: Int[Array, ""], layers: int) -> Exchange:
         weights: Float[Array, "T K"],
         num_experts: int,
     ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+        numbers = jnp.where(indices < num_experts, layer * num_experts + indices, layers * num_experts)
         # Groups of one row need no padding.
-        y, _ = experts(LocalCourier(layer * num_experts + indices, layers * num_experts, alignment=1), x, weights)
+        y, _ = experts(LocalCourier(numbers, layers * num_experts, alignment=1), x, weights)
         return y, jnp.ones((), jnp.int32)
 
     return exchange

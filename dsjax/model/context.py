@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.model.rope import rotation
@@ -25,6 +25,8 @@ class Context:
     """Bias of this layer's router, for the choice only."""
     balance_weight: Float[Array, ""] | float = 0.0
     """Weight of the sequence-wise balance loss."""
+    real: Bool[Array, "B S"] | None = None
+    """Which tokens count; the others only fill up a batch, and go to no routed expert. None: all."""
 
     def for_layer(self, router_bias: Float[Array, " E"] | None) -> "Context":
         """Return this context with the bias of one layer's router."""

@@ -59,10 +59,17 @@ def moe(
     """Return the weighted sum of each token's routed experts plus its shared experts, and the router's loads."""
     tokens = x.reshape(-1, config.hidden_size)
     routing = route(params["router"], ctx.router_bias, tokens, config)
+    if ctx.real is not None:
+        nobody = jnp.where(ctx.real.reshape(-1, 1), routing.indices, config.n_routed_experts)
+        routing = routing._replace(indices=nobody.astype(routing.indices.dtype))
+    if ctx.real is not None:
+        indices = jnp.where(ctx.real.reshape(-1, 1), routing.indices, config.n_routed_experts)
+        routing = routing._replace(indices=indices)
 
     experts, exchange = RoutedExperts(params["experts"], runtime), runtime.exchange or exchange_locally
     routed, rounds = exchange(experts, tokens, routing.indices, routing.weights, config.n_routed_experts)
-    y = (routed + feed_forward(params["shared"], tokens)).reshape(x.shape)
+    # Without parameters of its own, the shared expert is one of the routed: see `inference.replicas`.
+    y = (routed + feed_forward(params["shared"], tokens) if "shared" in params else routed).reshape(x.shape)
 
     balance_loss = sequence_balance_loss(routing.scores.reshape(*x.shape[:2], -1), config)
     y = add_loss(y, balance_loss, ctx.balance_weight)

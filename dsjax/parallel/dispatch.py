@@ -27,7 +27,7 @@ from dsjax.config import Transport
 from dsjax.model import dispatch as within_device
 from dsjax.model.dispatch import sort_by_expert, sum_of_rows, take_or_zero
 from dsjax.model.grouped_matmul import Groups
-from dsjax.parallel.mesh import EXPERT_AXES
+from dsjax.parallel.mesh import EXPERT_AXES, Axes
 from dsjax.parallel.transport import move
 
 
@@ -85,7 +85,7 @@ class Hop:
     """The same at the other end, by sender."""
     waiting: Bool[Array, ""]
     """Whether there are items for later rounds."""
-    axis: str
+    axis: Axes
     """Of the mesh."""
     transport: Transport
 
@@ -111,7 +111,7 @@ class Hop:
 
 
 def hop(
-    queues: Queues, rows: int, capacity: int, round_: Int[Array, ""] | int, *, axis: str, transport: Transport
+    queues: Queues, rows: int, capacity: int, round_: Int[Array, ""] | int, *, axis: Axes, transport: Transport
 ) -> Hop:
     """Return the hop that carries places `round_ * capacity` to `(round_ + 1) * capacity - 1` of every queue.
 
@@ -198,6 +198,13 @@ class Route:
     device_capacity: int
     """Slots C of a round's buffer to a device."""
     transport: Transport
+    axes: tuple[Axes, Axes] = EXPERT_AXES
+    """Of the mesh: along which the nodes are, and along which the devices of each."""
+
+    @property
+    def all_axes(self) -> tuple[str, ...]:
+        """Those along which all devices are."""
+        return tuple(name for axes in self.axes for name in ((axes,) if isinstance(axes, str) else axes))
 
     @property
     def experts_of_node(self) -> int:
@@ -247,9 +254,9 @@ def active_rounds(route: Route, queues: Queues | None, indices: Int32[Array, "T 
         round1 = place // route.node_capacity
     counts = jnp.zeros((route.nodes, rounds1, route.devices), jnp.int32).at[node, round1, device].add(1)
     if queues is not None:
-        counts = lax.all_to_all(counts, "node", 0, 0, tiled=True).sum(axis=0, keepdims=True)
+        counts = lax.all_to_all(counts, route.axes[0], 0, 0, tiled=True).sum(axis=0, keepdims=True)
     needed2 = _ceil_div(counts[0].max(axis=-1), route.device_capacity)
-    needed1, needed2 = lax.pmax((needed1, needed2), EXPERT_AXES)
+    needed1, needed2 = lax.pmax((needed1, needed2), route.all_axes)
     first, second = jnp.arange(rounds1)[:, None], jnp.arange(rounds2)
     return (first < needed1) & (second < needed2[:, None])
 
@@ -278,16 +285,17 @@ class Courier:
     ) -> tuple[Plan, PyTree[Shaped[Array, "S ..."]], Float[Array, "S"]]:
         """Send all that a token brings, in one message per hop; see `runtime.Courier`."""
         route = self.route
+        nodes, devices = route.axes
         # Experts travel as numbers from 1, so that the zeros of unused slots mean none.
         experts = (self.indices + 1).astype(jnp.int16 if route.num_experts < 2**15 else jnp.int32)
         to_node = None
         if self.queues is not None:
             to_node = hop(
-                self.queues, len(experts), route.node_capacity, self.round1, axis="node", transport=route.transport
+                self.queues, len(experts), route.node_capacity, self.round1, axis=nodes, transport=route.transport
             )
             (tokens, weights, experts), _ = to_node.there((tokens, weights, experts))
         expert = experts.astype(jnp.int32) - 1
-        first = lax.axis_index("node") * route.experts_of_node
+        first = lax.axis_index(nodes) * route.experts_of_node
         here = (expert >= first) & (expert < first + route.experts_of_node)
         device = jnp.where(here, (expert - first) // route.experts_of_device, route.devices)
         to_device = hop(
@@ -295,12 +303,12 @@ class Courier:
             len(experts),
             route.device_capacity,
             self.round2,
-            axis="local",
+            axis=devices,
             transport=route.transport,
         )
         tokens, (weights, experts) = to_device.there(tokens, (weights, experts))
         expert = experts.astype(jnp.int32) - 1
-        own = expert - first - lax.axis_index("local") * route.experts_of_device
+        own = expert - first - lax.axis_index(devices) * route.experts_of_device
         own = jnp.where(expert < 0, route.experts_of_device, own)
         within = sort_by_expert(own[:, None], route.experts_of_device, self.alignment)
         return Plan(to_node, to_device, within), tokens, weights

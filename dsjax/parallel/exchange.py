@@ -6,6 +6,7 @@ backward pass. So shapes are static, no token is ever dropped, and the usual ste
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,16 @@ from jaxtyping import Array, Float, Int, Int32
 from dsjax.config import Config, ModelConfig
 from dsjax.parallel import dispatch as hops
 from dsjax.parallel.dispatch import Courier, Plan, Route
-from dsjax.parallel.mesh import EXPERT_AXES
+from dsjax.parallel.mesh import EXPERT_AXES, Axes
 from dsjax.runtime import Exchange, ExpertFunction, Recipe
 
 
-def exchange_of(config: Config) -> Exchange | None:
-    """Return the exchange that a run's mesh needs, for use inside `shard_map`; None where a device has all experts."""
+def exchange_of(config: Config, axes: tuple[Axes, Axes] = EXPERT_AXES) -> Exchange | None:
+    """Return the exchange that a run's mesh needs, for use inside `shard_map`; None where a device has all experts.
+
+    Args:
+        axes: of the mesh that the program runs on: along which are nodes, and along which the devices of each.
+    """
     if config.mesh.expert_shards == 1:
         return None
 
@@ -32,15 +37,21 @@ def exchange_of(config: Config) -> Exchange | None:
         weights: Float[Array, "T K"],
         num_experts: int,
     ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
-        return exchange_in_rounds(route_of(config, len(x)), experts, x, indices, weights)
+        route = replace(route_of(config, len(x), num_experts, indices.shape[1]), axes=axes)
+        return exchange_in_rounds(route, experts, x, indices, weights)
 
     return exchange
 
 
-def route_of(config: Config, tokens: int) -> Route:
-    """Return the sizes of the hops of a run's mesh, for `tokens` tokens per device."""
+def route_of(config: Config, tokens: int, num_experts: int | None = None, k: int | None = None) -> Route:
+    """Return the sizes of the hops of a run's mesh, for `tokens` tokens per device.
+
+    Args:
+        num_experts: by default the model's; with replicas there are more.
+        k: experts of a token; by default the model's.
+    """
     model, mesh, settings = config.model, config.mesh, config.dispatch
-    k = model.num_experts_per_tok
+    num_experts, k = num_experts or model.n_routed_experts, k or model.num_experts_per_tok
     # A token's experts lie in at most `topk_group` groups, and these, where a node is made of whole ones, in as many
     # nodes. Even routing sends it to each of N nodes with the same chance.
     nodes_of_token = min(k, mesh.node)
@@ -53,7 +64,7 @@ def route_of(config: Config, tokens: int) -> Route:
     return Route(
         nodes=mesh.node,
         devices=mesh.local,
-        num_experts=model.n_routed_experts,
+        num_experts=num_experts,
         node_capacity=node_capacity,
         device_capacity=min(most, _rounded_up(to_device)),
         transport=settings.transport,
@@ -128,5 +139,5 @@ def exchange_in_rounds(
         return total.astype(y.dtype), active.sum(dtype=jnp.int32)
 
     with jax.named_scope("overflow"):
-        overflows = checkpoint_name(lax.pmax(lax.stop_gradient(plan.waiting), EXPERT_AXES), "plan")
+        overflows = checkpoint_name(lax.pmax(lax.stop_gradient(plan.waiting), route.all_axes), "plan")
         return lax.cond(overflows, jax.checkpoint(further_rounds), lambda y: (y, one), y)

@@ -14,6 +14,9 @@ BATCH_AXES = ("data", "node", "local")
 EXPERT_AXES = ("node", "local")
 """Axes over which the experts of a layer are divided."""
 
+Axes = str | tuple[str, ...]
+"""One axis of a mesh, or several as one: devices are counted along the first first."""
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh of a run.

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Int32, PyTree
 
 from dsjax.config import Transport
+from dsjax.parallel.mesh import Axes
 from dsjax.runtime import target_platform
 
 
@@ -30,7 +31,7 @@ def resolve(transport: Transport, platform: str) -> str:
 
 
 def move(
-    payload: PyTree[Array], sent: Int32[Array, " n"], received: Int32[Array, " n"], *, axis: str, transport: Transport
+    payload: PyTree[Array], sent: Int32[Array, " n"], received: Int32[Array, " n"], *, axis: Axes, transport: Transport
 ) -> PyTree[Array]:
     """Return what all devices of the axis sent here, by sender; slots that are not in use hold zeros.
 
@@ -81,7 +82,7 @@ def _from_words(words: Array, like: Array) -> Array:
     return lax.bitcast_convert_type(words, like.dtype).reshape(like.shape)
 
 
-def _ragged(primitive, buffer: Array, sent: Array, received: Array, axis: str) -> Array:
+def _ragged(primitive, buffer: Array, sent: Array, received: Array, axis: Axes) -> Array:
     n, capacity = buffer.shape[:2]
     rows = buffer.reshape(n * capacity, *buffer.shape[2:])
     first_rows = jnp.arange(n, dtype=jnp.int32) * capacity

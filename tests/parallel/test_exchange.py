@@ -113,6 +113,26 @@ def test_other_transports(transport, kind):
     check(route(2, 4, tight=True, transport=transport), routing(kind, 2))
 
 
+def test_axes_of_another_mesh():
+    """Inference has groups of devices within a node: three axes, of which two are the second hop's."""
+    axes = ("node", ("data", "tensor"))
+    here = Route(2, 4, E, T // 3, T * K // 8, "padded", axes)
+    mesh = jax.make_mesh((2, 2, 2), ("node", "data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    x, weights, up, down, _ = (jnp.asarray(a, jnp.float32) for a in arguments())
+    indices = routing("skewed", 2)
+
+    def on_device(x, weights, up, down, indices):
+        y, rounds = exchange_in_rounds(here, TanhExperts(up, down), x, indices, weights)
+        return y, rounds[None]
+
+    every = P(mesh.axis_names)
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=(every,) * 5, out_specs=(every, every), check_vma=False)
+    y, rounds = jax.jit(run)(x, weights, up, down, jnp.asarray(indices, jnp.int32))
+    expected = dense(indices)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+    assert (rounds > 1).all()
+
+
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, E - 1), min_size=8 * T * K, max_size=8 * T * K))
 def test_any_routing(choices):
