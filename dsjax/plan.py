@@ -1,4 +1,5 @@
-"""Plan: `python -m dsjax.plan configs/v3_671b.toml` says what a run will take, memory and time, before it runs."""
+"""Plan: `python -m dsjax.plan configs/v3_671b.toml` says what a run will take, memory and time, before it runs; and of
+a file in `configs/serving` what a deployment will."""
 
 import json
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from dsjax.config import Config
 from dsjax.planning.chips import ChipName
-from dsjax.settings import load_run, one_line_errors
+from dsjax.settings import SERVING, is_in, load_run, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def plan(config: Config, options: Plan) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     with one_line_errors():
-        plan(*load_run(argv, Plan, "plan"))
+        if argv and is_in(argv[0], SERVING, "layout"):
+            from dsjax.planning.serving_report import show_plan
+
+            show_plan(argv)
+        else:
+            plan(*load_run(argv, Plan, "plan"))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from dsjax.config import Config, ModelConfig, describe, fits
 
 type Layer = dict[str, Any]
 
+SERVING = "serving"
+"""Folder of `configs/` with deployments."""
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -39,29 +42,30 @@ def load_config(argv: Sequence[str]) -> Config:
     return load_run(argv, NoOptions, "train")[0]
 
 
-def load_run[T](argv: Sequence[str], options: type[T], command: str) -> tuple[Config, T]:
+def load_run[R, T](argv: Sequence[str], options: type[T], command: str, kind: type[R] = Config) -> tuple[R, T]:
     """The run that a command line names, and the command's own options.
 
     Args:
         argv: a TOML file, or the name of a packaged run (`tiny`), and options in any order.
         options: dataclass of the command's own options, all with defaults; they have no prefix (`--fresh`).
         command: the words behind `python -m dsjax.`, for `--help`.
+        kind: what a file describes: a run, or another dataclass with a `model`.
 
     Raises:
         ValueError: one line about the first thing that is wrong.
         SystemExit: with status 0, after `--help` or `--print-config`.
     """
     own = _kinds(options)
-    words, given = _read_words(argv, {**_kinds(Config), **own, "print_config": bool, "help": bool})
+    words, given = _read_words(argv, {**_kinds(kind), **own, "print_config": bool, "help": bool})
     show_help, print_config = (given.pop(name, False) for name in ("help", "print_config"))
     chosen = _build(options, {name: given.pop(name) for name in own if name in given})
     if words[1:]:
         raise ValueError(f"unexpected argument {words[1]!r} after {words[0]!r}: an option begins with --")
     if not words and not show_help:
         raise ValueError("no run is named: give a TOML file, such as configs/tiny.toml, or --help")
-    config = _resolve(_find_run(words[0]), given) if words else None
+    config = _resolve(_find_run(words[0]), given, kind) if words else None
     if show_help:
-        _show_run_help(options, config, command)
+        _show_run_help(options, config, command, kind)
     if print_config:
         print(to_toml(config), end="")
         raise SystemExit(0)
@@ -200,9 +204,20 @@ def _names(folder: Path) -> list[str]:
     return sorted(file.stem for file in folder.glob("*.toml"))
 
 
+def is_in(word: str, folder: str, table: str) -> bool:
+    """Whether a word names a packaged file of a folder of `configs/`, or a TOML file that has a table."""
+    file = Path(word)
+    if not file.is_file():
+        return file.name == word and (_configs() / folder / f"{word}.toml").is_file()
+    try:
+        return table in tomllib.loads(file.read_text("utf-8-sig"))
+    except (ValueError, OSError):  # whoever reads it next says what is wrong with it
+        return False
+
+
 def _find_run(word: str) -> Path:
     """`configs/tiny.toml` is a file, `tiny` may also be the name of a packaged run."""
-    packaged = [_configs() / f"{word}.toml"] if Path(word).name == word else []
+    packaged = [_configs() / f"{word}.toml", _configs() / SERVING / f"{word}.toml"] if Path(word).name == word else []
     for file in (Path(word), *packaged):
         if file.is_file():
             return file
@@ -216,10 +231,11 @@ def _find_model(name: str, folders: Iterable[Path]) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _resolve(file: Path, given: Layer) -> Config:
+def _resolve[R](file: Path, given: Layer, kind: type[R]) -> R:
     """The run of a TOML file and of what the command line gives."""
-    layer = _merge(_read_toml(file, Config), given)
-    layer["run"] = layer.get("run") or f"runs/{file.stem}"
+    layer = _merge(_read_toml(file, kind), given)
+    if kind is Config:
+        layer["run"] = layer.get("run") or f"runs/{file.stem}"
     name = layer.get("model.name")
     model = _find_model(name, [file.parent, _configs()]) if name else None
     if model:
@@ -230,7 +246,7 @@ def _resolve(file: Path, given: Layer) -> Config:
         raise ValueError(
             f"model.name = {name!r}: must be one of {known}, or [model] must hold every size itself{lacks}"
         )
-    return _build(Config, layer)
+    return _build(kind, layer)
 
 
 def _read_toml(file: Path, kind: type) -> Layer:
@@ -424,18 +440,18 @@ _ORDER = """Settings come from the model's TOML file, then the run's, then the o
 Name a run before --help to see its values."""
 
 
-def _show_run_help(options: type, run: Config | None, command: str) -> NoReturn:
+def _show_run_help(options: type, run: Any, command: str, kind: type) -> NoReturn:
     """The help page of a command that reads a run; once a run is named, the values shown are that run's."""
     from tyro.conf import AvoidSubcommands, Positional, arg
 
     config = Annotated[str, Positional, arg(metavar="CONFIG", help="TOML file of a run, or a packaged run's name.")]
     print_config = Annotated[bool, arg(help="Print all settings as TOML, and stop.")]
-    settings = Annotated[Config, arg(name="")]
-    shown = _flatten(to_dict(run), _kinds(Config)) if run else {}
+    settings = Annotated[kind, arg(name="")]
+    shown = _flatten(to_dict(run), _kinds(kind)) if run else {}
     absent = {
-        name: _table(kind)
-        for name, kind in _kinds(Config).items()
-        if _table(kind) and get_args(kind) and not any(key.startswith(f"{name}.") for key in shown)
+        name: _table(part)
+        for name, part in _kinds(kind).items()
+        if _table(part) and get_args(part) and not any(key.startswith(f"{name}.") for key in shown)
     }
     page = make_dataclass(
         "Run",

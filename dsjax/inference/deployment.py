@@ -1,0 +1,50 @@
+"""A deployment: a model, the units of devices that serve it, and how much each does at once; a file in
+`configs/serving`."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dsjax.config import ModelConfig
+from dsjax.inference.layout import Layout
+from dsjax.inference.settings import EngineSettings
+
+Work = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What `python -m dsjax.plan configs/serving/...` plans and `--deployment` of the other commands serves."""
+
+    model: ModelConfig
+    """The model."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Format of weights and their products: `fp8` has those of attention, feed-forward layers and experts in FP8."""
+    work: Work = "decode"
+    """What a unit is for, where prompts are read and answers written by different ones; a unit can do both."""
+    layout: Layout = field(default_factory=Layout)
+    """Devices."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """Requests and memory of the whole unit."""
+
+    @property
+    def served(self) -> ModelConfig:
+        """The model with as many MTP modules as the engine uses."""
+        modules = min(self.engine.speculate, self.model.num_nextn_predict_layers)
+        return replace(self.model, num_nextn_predict_layers=modules)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a layout that the model, or settings that the layout cannot have."""
+        self.layout.check(self.model)
+        check_engine(self.engine, self.layout)
+
+
+def check_engine(engine: EngineSettings, layout: Layout) -> None:
+    """Raises ValueError for what cannot be divided over the groups of a layout, or the devices of a group."""
+    if engine.slots % layout.groups:
+        raise ValueError(
+            f"engine.slots = {engine.slots}: must be a multiple of layout.node x layout.data = {layout.groups} groups"
+        )
+    if engine.prefill_tokens % layout.tensor:
+        raise ValueError(
+            f"engine.prefill_tokens = {engine.prefill_tokens}: must be a multiple of layout.tensor = {layout.tensor}"
+        )

@@ -1,0 +1,68 @@
+"""Weights as the programs of inference read them: in their format, experts in their slots, each where its device is."""
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Int32, PyTree
+
+from dsjax.config import ModelConfig
+from dsjax.inference.layout import Layout
+from dsjax.inference.replicas import in_slots, loads_with_shared, shared_as_routed
+from dsjax.model.layers import cast_weights
+from dsjax.numerics.weights import Fp8Weight, quantize_weights
+from dsjax.parallel.placement import Placement, plan_placement
+from dsjax.runtime import DEEPSEEK
+
+
+def first_placement(config: ModelConfig, layout: Layout) -> Placement:
+    """Return where experts are before loads are known: what is best if all are chosen alike."""
+    layers, slots = moe_layers(config), layout.total_slots(config)
+    if layout.is_plain(config):
+        held = np.broadcast_to(np.arange(slots), (layers, slots))
+        return Placement(held, slots, layout.devices, layout.node)
+    loads = np.ones((layers, config.n_routed_experts))
+    if layout.shared_as_routed:
+        loads = loads_with_shared(loads, config.num_experts_per_tok)
+    # Groups of experts mean nothing to an exchange in one hop, and the shared expert is in none.
+    groups = 1 if layout.shared_as_routed else config.n_group
+    return plan_placement(loads, slots, layout.devices, layout.node, groups)
+
+
+def moe_layers(config: ModelConfig) -> int:
+    """Return how many layers have experts, of the main model."""
+    return config.num_hidden_layers - config.first_k_dense_replace
+
+
+def arranged(
+    params: PyTree, config: ModelConfig, layout: Layout, held: Int32[np.ndarray, "L R"], dtype: DTypeLike, *, fp8: bool
+) -> PyTree:
+    """Return the weights that programs read.
+
+    Args:
+        params: stacked.
+        held: the expert of each slot.
+        dtype: of what is not in FP8.
+        fp8: whether products are; attention's up-projection of latents is not, which the absorbed form takes apart.
+    """
+    params = cast_weights(params, dtype)
+    if fp8:
+        params = _quantized(params)
+    if "moe" not in params or layout.is_plain(config):
+        return params
+    network = params["moe"]["moe"]
+    if layout.shared_as_routed:
+        network = shared_as_routed(network, config)
+    network = network | {"experts": in_slots(network["experts"], held)}
+    return params | {"moe": params["moe"] | {"moe": network}}
+
+
+def _quantized(params: PyTree) -> PyTree:
+    """Return weights in FP8, and nothing that only training needs."""
+    quantized = quantize_weights(params, DEEPSEEK)
+
+    def keep(path: tuple, leaf: object) -> object:
+        if not isinstance(leaf, Fp8Weight):
+            return leaf
+        return leaf.master if path[-1].key == "kv_b" else leaf.kept()
+
+    return jax.tree_util.tree_map_with_path(keep, quantized, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
