@@ -44,9 +44,11 @@ class Options:
     """Most tokens of prompt and text together; 0 for the length of the sequences that the model was made for."""
     slots: int = 32
     """Prompts of --prompts that are continued at the same time."""
+    speculate: int = 0
+    """Tokens that the model's MTP modules draft per step, which changes the speed and not the text; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name, low in (("max_tokens", 1), ("max_context", 0), ("slots", 1)):
+        for name, low in (("max_tokens", 1), ("max_context", 0), ("slots", 1), ("speculate", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {low}")
         if any("\ud800" <= character <= "\udfff" for character in self.prompt):
@@ -73,13 +75,14 @@ def main(argv: Sequence[str]) -> None:
         settings = options.settings
         lines = read_prompts(Path(options.prompts), settings) if options.prompts else []
         done = finished(Path(options.output), lines) if options.prompts else set()
-        model = load_model(options.path, ema=options.ema)
+        model = load_model(options.path, ema=options.ema, mtp=options.speculate > 0)
         print(f"dsjax: {model.origin}", file=sys.stderr)
         if options.prompts:
             left = [line for line in lines if line.id not in done]
-            show_answers(model, left, Path(options.output), options.max_context, options.slots, len(done))
+            how = options.max_context, options.slots, options.speculate
+            show_answers(model, left, Path(options.output), *how, len(done))
         else:
-            show_answer(model, options.prompt, settings, options.max_context)
+            show_answer(model, options.prompt, settings, options.max_context, options.speculate)
 
 
 if __name__ == "__main__":

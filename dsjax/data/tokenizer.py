@@ -48,6 +48,7 @@ class Tokenizer:
         bos: id of the token before a text at inference, None if there is none.
         eos: id of the token after every document.
         fim: ids of the tokens before prefix, suffix and middle of fill-in-the-middle, None if there are none.
+        added: spellings and ids of the tokens that a text is searched for before it is split, special ones among them.
         digest: stands for the whole tokenizer.
     """
 
@@ -75,6 +76,7 @@ class Tokenizer:
         self._text = text
         self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.added = {token["content"]: ids[token["content"]] for token in described.get("added_tokens", ())}
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.bos = next((ids[name] for name in _BEGINS if name in ids), None)
         self.fim = next((tuple(ids[name] for name in names) for names in _FIMS if ids.keys() >= set(names)), None)

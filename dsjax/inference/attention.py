@@ -26,25 +26,28 @@ def is_expansion_cheaper(config: ModelConfig, new_tokens: int) -> bool:
 
 def expanded_attention(
     params: PyTree,
-    x: Float[Array, "B N D"],
+    to_queries: Float[Array, "B N Q"],
     new: Float[Array, "B N W"],
+    visible: Bool[Array, "#B N N"],
     block: Callable[[Int[Array, ""]], tuple[Float[Array, "B S W"], Bool[Array, "B S"]]],
     blocks: int,
     ctx: Context,
     *,
     config: ModelConfig,
 ) -> Float[Array, "B N D"]:
-    """Return attention of new tokens over those known and, causally, themselves.
+    """Return attention of new tokens over those known and themselves.
 
     Known tokens come in blocks, whose scores alone exist at a time: the softmax is that of FlashAttention, with a
     running maximum and sum.
 
     Args:
+        to_queries: what `compressed` gives for queries, of the new tokens.
         new: latents and turned keys of the new tokens.
+        visible: which of them each of them sees; at least itself.
         block: gives those of a block of known tokens, and which there are.
         blocks: how many.
     """
-    query = jnp.concatenate(queries(params, x, ctx, config=config), axis=-1)
+    query = jnp.concatenate(queries(params, to_queries, ctx, config=config), axis=-1)
 
     def expand(entries: Float[Array, "B S W"]) -> tuple[Float[Array, "B S H _"], Float[Array, "B S H v"]]:
         latent, key = jnp.split(entries, [config.kv_lora_rank], axis=-1)
@@ -57,12 +60,11 @@ def expanded_attention(
         return jnp.where(visible[:, None], products * softmax_scale(config), -jnp.inf)
 
     def weighted(shares: Float[Array, "B H N S"], v: Float[Array, "B S H v"]) -> Float[Array, "B H N v"]:
-        return jnp.einsum("bhqs,bshv->bhqv", shares.astype(x.dtype), v, preferred_element_type=jnp.float32)
+        return jnp.einsum("bhqs,bshv->bhqv", shares.astype(new.dtype), v, preferred_element_type=jnp.float32)
 
     # A token sees itself, so the maximum is finite from the start.
-    index = jnp.arange(x.shape[1])
     k, v = expand(new)
-    first = scores(k, (index <= index[:, None])[None])
+    first = scores(k, visible)
     largest = first.max(axis=-1, keepdims=True)
     shares = jnp.exp(first - largest)
     state = largest, shares.sum(axis=-1, keepdims=True), weighted(shares, v)
@@ -77,5 +79,5 @@ def expanded_attention(
         return (higher, total * shrink + shares.sum(axis=-1, keepdims=True), out * shrink + weighted(shares, v)), None
 
     (_, total, out), _ = jax.lax.scan(add, state, jnp.arange(blocks))
-    out = (out / total).astype(x.dtype).transpose(0, 2, 1, 3)
-    return linear(out.reshape(*x.shape[:2], -1), params["o"])
+    out = (out / total).astype(new.dtype).transpose(0, 2, 1, 3)
+    return linear(out.reshape(*out.shape[:2], -1), params["o"])

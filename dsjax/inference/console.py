@@ -13,14 +13,15 @@ STRIDE = 256
 """A single answer's cache has a multiple of so many tokens, so that prompts of similar lengths share their programs."""
 
 
-def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int) -> None:
+def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int, speculate: int) -> None:
     """Write a prompt and its continuation to stdout as it comes, and how fast it came to stderr.
 
     Args:
         limit: most tokens of both; 0 for what the model was made for.
+        speculate: tokens to draft per step.
 
     Raises:
-        ValueError: the prompt is too long.
+        ValueError: the prompt is too long; nothing to draft with.
     """
     limit = limit or model.context
     length = 1 + len(model.tokenizer.encode([prompt], special=True)[0])
@@ -31,7 +32,8 @@ def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int) -
         )
     room = min(settings.max_tokens, limit - length)
     context = -(-(length + room) // STRIDE) * STRIDE
-    engine = Engine(model, EngineSettings(slots=1, context=context, shortest_table=context, prefix_bytes=0))
+    how = EngineSettings(slots=1, context=context, shortest_table=context, prefix_bytes=0, speculate=speculate)
+    engine = Engine(model, how)
     request = engine.submit(prompt, settings.sampling, max_tokens=room, stop=settings.stop)
     print(prompt, end="", flush=True)
     try:
@@ -45,18 +47,25 @@ def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int) -
     seconds = times[-1] - times[0] if count > 1 else 0
     speed = f" in {seconds:.1f} s, {(count - 1) / seconds:.0f} tokens/s" if seconds else ""
     full = f"; stopped by the context of {limit} tokens" if count == room < settings.max_tokens else ""
-    print(f"dsjax: {count} tokens{speed}{full}", file=sys.stderr)
+    print(f"dsjax: {count} tokens{speed}{_drafts(engine)}{full}", file=sys.stderr)
 
 
-def show_answers(model: Model, lines: list[Line], output: Path, limit: int, slots: int, done: int) -> None:
+def show_answers(
+    model: Model, lines: list[Line], output: Path, limit: int, slots: int, speculate: int, done: int
+) -> None:
     """Append the answers to prompts to a file, and write to stderr how many there were.
 
     Args:
         limit: most tokens of a prompt and its answer; 0 for what the model was made for.
         slots: prompts that are continued at the same time.
+        speculate: tokens to draft per step.
         done: prompts that are not among the lines, because the file has their answers.
+
+    Raises:
+        ValueError: nothing to draft with.
     """
-    engine = Engine(model, EngineSettings(slots=min(slots, max(1, len(lines))), context=limit))
+    how = EngineSettings(slots=min(slots, max(1, len(lines))), context=limit, speculate=speculate)
+    engine = Engine(model, how)
     start, answers, errors, tokens = time.monotonic(), 0, 0, 0
     try:
         for request in answer(engine, lines, output):
@@ -69,6 +78,12 @@ def show_answers(model: Model, lines: list[Line], output: Path, limit: int, slot
         raise SystemExit(130) from None
     print(
         f"dsjax: {answers} answers, {errors} errors, {done} that were there; {tokens} tokens in "
-        f"{time.monotonic() - start:.1f} s, {engine.prefix.hit_rate:.0%} of prompts from the prefix cache",
+        f"{time.monotonic() - start:.1f} s, {engine.prefix.hit_rate:.0%} of prompts from the prefix cache"
+        f"{_drafts(engine)}",
         file=sys.stderr,
     )
+
+
+def _drafts(engine: Engine) -> str:
+    counts = engine.counts
+    return f", {counts.acceptance:.0%} of {counts.drafted} drafts accepted" if counts.drafted else ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dsjax.config import ModelConfig
-from dsjax.inference.layout import Layout
+from dsjax.inference.layout import Layout, check_engine
 from dsjax.inference.settings import EngineSettings
 
 Work = Literal["prefill", "decode"]
@@ -36,15 +36,3 @@ class Deployment:
         """Raises ValueError for a layout that the model, or settings that the layout cannot have."""
         self.layout.check(self.model)
         check_engine(self.engine, self.layout)
-
-
-def check_engine(engine: EngineSettings, layout: Layout) -> None:
-    """Raises ValueError for what cannot be divided over the groups of a layout, or the devices of a group."""
-    if engine.slots % layout.groups:
-        raise ValueError(
-            f"engine.slots = {engine.slots}: must be a multiple of layout.node x layout.data = {layout.groups} groups"
-        )
-    if engine.prefill_tokens % layout.tensor:
-        raise ValueError(
-            f"engine.prefill_tokens = {engine.prefill_tokens}: must be a multiple of layout.tensor = {layout.tensor}"
-        )

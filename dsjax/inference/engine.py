@@ -3,14 +3,16 @@
 A step reads at most `prefill_tokens` of waiting prompts and then decodes one token of every request whose prompt has
 been read. Requests begin in the order in which they came. Pages are taken when they are needed; where none is left,
 the youngest request gives its pages up, waits, and later reads again what it has written so far. The host works one
-step ahead: it looks at the tokens of a step when the device already has the next.
+step ahead: it looks at the tokens of a step when the device already has the next. With speculation a step may give
+several tokens, and until it has looked the host knows only between which bounds a request's length is.
 """
 
 import itertools
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +23,12 @@ from jaxtyping import Bool
 from dsjax.inference.disk import DiskTier, fingerprint
 from dsjax.inference.load import Model
 from dsjax.inference.pages import PagePool, PrefixCounts
-from dsjax.inference.passes import Passes, Row
+from dsjax.inference.passes import Passes, Piece, Row
+from dsjax.inference.rebalance import Rebalancer
 from dsjax.inference.request import Request, Token
 from dsjax.inference.sampling import Drawn, Sampling
 from dsjax.inference.settings import EngineSettings
+from dsjax.inference.speculation import Verified
 from dsjax.inference.text import StopStrings, TextStream, reopen_last_token
 
 _serials = itertools.count()
@@ -35,6 +39,8 @@ class Running:
     """A request that has a slot."""
 
     request: Request
+    group: int
+    """Of devices, which has its slot and its pages."""
     slot: int
     ids: list[int]
     """Prompt and answer, as far as the host knows them."""
@@ -42,9 +48,9 @@ class Running:
     """How many of them are to be read before the next is chosen: the prompt and, after a preemption, the answer."""
     pages: list[int]
     length: int
-    """Tokens that the cache has, or will have when the device is done with its work."""
+    """Tokens that the cache has, or will at most have when the device is done with its work."""
     drawn: int
-    """Tokens of the answer that are chosen, or will be."""
+    """Tokens of the answer that are chosen, or at least will be."""
     digests: list[bytes]
     """Of the full pages that can be found, behind that of nothing."""
     serial: int = field(default_factory=lambda: next(_serials))
@@ -62,7 +68,12 @@ class Running:
     @property
     def row(self) -> Row:
         """Its place in a pass."""
-        return Row(self.serial, self.slot, self.pages, self.length, self.request.sampling)
+        return Row(self.group, self.serial, self.slot, self.pages, self.length, self.request.sampling, self.end)
+
+    @property
+    def end(self) -> int:
+        """Tokens that prompt and answer may have; the last is never read."""
+        return len(self.request.prompt) + self.request.max_tokens
 
     def room(self, page_size: int) -> int:
         """Return the tokens that its pages have room for."""
@@ -73,8 +84,10 @@ class InFlight(NamedTuple):
     """Work that the device has."""
 
     step: int
-    drawn: Drawn
+    result: Drawn | Verified
     batch: list[Running]
+    places: list[int]
+    """Where in the result each of them is."""
 
 
 @dataclass
@@ -87,6 +100,17 @@ class EngineCounts:
     tokens: int = 0
     """Of answers."""
     preemptions: int = 0
+    drafted: int = 0
+    """Drafts that the main model has read."""
+    accepted: int = 0
+    """Of these, those that it chose too, behind others that it chose."""
+    accepted_at: list[int] = field(default_factory=list)
+    """Of these, the first ones of a step, the second ones, and so on."""
+
+    @property
+    def acceptance(self) -> float:
+        """`accepted` / `drafted`; 0 before there was a draft."""
+        return self.accepted / self.drafted if self.drafted else 0.0
 
 
 class Engine:
@@ -94,6 +118,7 @@ class Engine:
 
     Attributes:
         slots: requests that are decoded at the same time.
+        prefix: counts of the prefix cache; `hit_rate` is the share of prompt tokens that it had.
         context: most tokens of a prompt and its answer.
         tokenizer: of prompts and answers.
         counts: what it has done.
@@ -103,42 +128,61 @@ class Engine:
         """Allocates the cache; compiles nothing yet, see `warm_up`.
 
         Raises:
-            ValueError: no memory for a cache; a folder for pages that cannot be made.
+            ValueError: no memory for a cache; a folder for pages that cannot be made; a model without MTP modules that
+                is to speculate.
         """
         settings = settings or EngineSettings()
+        modules = model.config.num_nextn_predict_layers
+        if settings.speculate and not modules:
+            raise ValueError(
+                f"speculate = {settings.speculate}: must be 0, because the model has no MTP modules that could draft; "
+                "`load_model(..., mtp=True)` loads those that there are"
+            )
+        # What pages hold, and so which files of pages fit, depends on the modules that are used.
+        model = model.with_modules(min(settings.speculate, modules))
+        self._most_taken = 1 + settings.speculate
         self._model, self.tokenizer, self.slots = model, model.tokenizer, settings.slots
         self._passes = Passes(model, settings)
-        self.context = self._passes.context
-        idle = self._passes.pages
-        if settings.prefix_bytes is not None:
-            idle = settings.prefix_bytes // self._passes.page_bytes
-        tier = None
-        if settings.disk:
-            folder = Path(settings.disk) / fingerprint(model, settings.page_size, settings.cache_format)
-            tier = DiskTier(folder, settings.disk_bytes, self._passes.read_page, self._passes.write_page)
-        self._pool = PagePool(self._passes.pages, settings.page_size, most_idle=idle, tier=tier)
+        self.context, self.prefix = self._passes.context, PrefixCounts()
+        self._pools = [self._pool(group, settings) for group in range(self._passes.groups)]
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []
-        self._slots = list(range(settings.slots))
+        self._slots = [list(range(self._passes.slots)) for _ in self._pools]
         self._in_flight: deque[InFlight] = deque()
         self._cancelled: list[Request] = []
         self._lock = threading.Lock()
-        self.counts = EngineCounts()
+        self.counts = EngineCounts(accepted_at=[0] * settings.speculate)
+
+    def _pool(self, group: int, settings: EngineSettings) -> PagePool:
+        passes, idle, tier = self._passes, self._passes.pages, None
+        if settings.prefix_bytes is not None:
+            idle = settings.prefix_bytes // passes.page_bytes
+        if settings.disk:
+            folder = Path(settings.disk) / fingerprint(self._model, settings.page_size, settings.cache_format)
+            tier = DiskTier(
+                folder, settings.disk_bytes, partial(passes.read_page, group), partial(passes.write_page, group)
+            )
+        return PagePool(passes.pages, settings.page_size, most_idle=idle, tier=tier, counts=self.prefix)
 
     @property
-    def prefix(self) -> PrefixCounts:
-        """Counts of the prefix cache; `hit_rate` is the share of prompt tokens that it had."""
-        return self._pool.counts
+    def rebalancer(self) -> Rebalancer | None:
+        """What places experts by their loads, if anything does: how balanced devices are, and how many have moved."""
+        return self._passes.rebalancer
+
+    @property
+    def pages(self) -> int:
+        """Pages that requests can have."""
+        return sum(pool.usable for pool in self._pools)
 
     @property
     def pages_held(self) -> int:
         """Pages that requests have."""
-        return self._pool.held
+        return sum(pool.held for pool in self._pools)
 
     @property
     def pages_idle(self) -> int:
         """Pages that the prefix cache keeps for nobody in particular."""
-        return self._pool.idle
+        return sum(pool.idle for pool in self._pools)
 
     @property
     def running(self) -> int:
@@ -200,7 +244,7 @@ class Engine:
         if len(whole) >= self.context:
             raise ValueError(f"the prompt has {len(whole)} tokens: must be below the {self.context} of the context")
         max_tokens = min(max_tokens, self.context - len(whole))
-        room = self._pool.usable * self._pool.page_size
+        room = self._pools[0].usable * self._pools[0].page_size
         if len(ids) + max_tokens > room:
             raise ValueError(
                 f"prompt and answer may have {len(ids) + max_tokens} tokens: must be at most the {room} that the cache "
@@ -245,7 +289,9 @@ class Engine:
 
     def close(self) -> None:
         """Write the prefix cache to disk, if there is a folder for it."""
-        self._pool.save_all()
+        for pool in self._pools:
+            pool.save_all()
+        self._passes.close()
 
     def step(self) -> None:
         """Give the device its next work, and look at the results of the work before."""
@@ -255,6 +301,7 @@ class Engine:
         self._read_prompts()
         self._decode()
         self._look_at_results(before=self.counts.steps)
+        self._passes.follow_loads()
 
     def _drop_cancelled(self) -> None:
         with self._lock:
@@ -269,46 +316,83 @@ class Engine:
                 request.end("cancelled")
 
     def _admit(self) -> None:
-        while self._waiting and self._slots:
+        while self._waiting and any(self._slots):
             request = self._waiting[0]
             ids = [*request.prompt, *(token.id for token in request.tokens)]
-            pages, digests = self._pool.match(ids)
-            needed = -(-len(ids) // self._pool.page_size) - len(pages)
-            # Room for a page of each of the others, or somebody would soon have to give theirs up.
-            if self._pool.available < needed + len(self._running):
-                self._pool.release(pages)
+            if (found := self._group_for(ids)) is None:
                 return
+            group, pages, digests = found
             self._waiting.popleft()
-            found = len(pages) * self._pool.page_size
+            pool, known = self._pools[group], len(pages) * self._pools[group].page_size
             if request.preemptions == 0:
-                request.cached_tokens = found
+                request.cached_tokens = known
                 self.prefix.asked += len(ids)
-                self.prefix.found += found
-            pages += [self._pool.take() for _ in range(needed)]
-            running = Running(request, self._slots.pop(), ids, len(ids), pages, found, len(request.tokens), digests)
+                self.prefix.found += known
+            pages += [pool.take() for _ in range(pool.needed(ids) - len(pages))]
+            slot, drawn = self._slots[group].pop(), len(request.tokens)
+            running = Running(request, group, slot, ids, len(ids), pages, known, drawn, digests)
             self._running.append(running)
             if request.sampling.repetition_penalty != 1:
-                self._passes.mark_seen(running.slot, ids)
+                self._passes.mark_seen(group, slot, ids)
+
+    def _group_for(self, ids: list[int]) -> tuple[int, list[int], list[bytes]] | None:
+        """Return a group that has room for tokens, and the pages that it has of them: the one that knows most, or has
+        the fewest requests."""
+        busy = Counter(running.group for running in self._running)
+        free = [group for group, slots in enumerate(self._slots) if slots]
+        for group in sorted(free, key=lambda group: (-self._pools[group].known(ids), busy[group])):
+            pool = self._pools[group]
+            pages, digests = pool.match(ids)
+            # Room for a page of each of the others, or somebody would soon have to give theirs up.
+            if pool.available >= pool.needed(ids) - len(pages) + busy[group]:
+                return group, pages, digests
+            pool.release(pages)
+        return None
 
     def _read_prompts(self) -> None:
-        left = largest = self._passes.largest_piece
-        for running in self._running:
-            while not running.is_read:
-                # Pieces end at the same places whatever else there is to read.
-                count = min(running.prompt - running.length, largest - running.length % largest)
-                if count > left:
-                    return
-                piece = running.ids[running.length : running.length + count]
+        largest = self._passes.largest_piece
+        left = [largest] * self._passes.groups
+        while pieces := self._next_pieces(left):
+            read = []
+            for running, count in pieces:
+                ids = running.ids[running.length : running.length + count]
                 is_last = running.length + count == running.prompt
                 first = running.request.first if running.drawn == 0 else None
-                drawn = self._passes.prefill(running.row, piece, first, last=is_last)
-                left -= count
+                read.append(Piece(running.row, ids, first, is_last))
+                left[running.group] -= count
+            drawn, places = self._passes.prefill(read)
+            ended = []
+            for (running, count), piece, place in zip(pieces, read, places, strict=True):
                 running.length += count
                 self.counts.prompt_tokens_read += count
                 self._register(running)
-                if is_last:
+                if piece.is_last:
                     running.drawn += 1
-                    self._in_flight.append(InFlight(self.counts.steps, drawn, [running]))
+                    ended.append((running, place))
+            if ended:
+                batch, places = map(list, zip(*ended, strict=True))
+                self._in_flight.append(InFlight(self.counts.steps, drawn, batch, places))
+
+    def _next_pieces(self, left: list[int]) -> list[tuple[Running, int]]:
+        """Return the pieces of prompts that are next, of each group the oldest requests', and how long they are.
+
+        Args:
+            left: tokens that each group may still read in this step.
+        """
+        largest, found, taken, full = self._passes.largest_piece, [], Counter(), set()
+        for running in self._running:
+            if running.is_read or running.group in full:
+                continue
+            # Pieces end at the same places whatever else there is to read.
+            count = min(running.prompt - running.length, largest - running.length % largest)
+            taken[running.group] += count
+            if taken[running.group] > left[running.group]:
+                full.add(running.group)
+                continue
+            found.append((running, count))
+            if sum(other.group == running.group for other, _ in found) == self._passes.most_pieces:
+                full.add(running.group)
+        return found
 
     def _decode(self) -> None:
         for running in sorted(self._running, key=_age):
@@ -316,22 +400,28 @@ class Engine:
         batch = [running for running in self._running if running.wants_more]
         if not batch:
             return
-        drawn = self._passes.decode([running.row for running in batch])
+        result, places = self._passes.decode([running.row for running in batch])
         for running in batch:
-            running.length += 1
+            running.length += self._most_taken
             running.drawn += 1
-        self._in_flight.append(InFlight(self.counts.steps, drawn, batch))
+        self._in_flight.append(InFlight(self.counts.steps, result, batch, places))
 
     def _grow(self, running: Running) -> None:
-        """Give a request the page that its next token goes to, or take all of them."""
-        while running in self._running and running.wants_more and running.length == running.room(self._pool.page_size):
-            page = self._pool.take()
+        """Give a request the pages that its next tokens go to, or take all of them."""
+        pool = self._pools[running.group]
+
+        def needs_page() -> bool:
+            needed = min(running.length + self._most_taken, running.end - 1)
+            return running.wants_more and running.room(pool.page_size) < needed
+
+        while running in self._running and needs_page():
+            page = pool.take()
             if page is not None:
                 running.pages.append(page)
             elif self._in_flight:  # somebody may have ended
                 self._look_at_results(before=self.counts.steps + 1)
             else:
-                self._preempt(max(self._running, key=_age))
+                self._preempt(max((other for other in self._running if other.group == running.group), key=_age))
 
     def _preempt(self, running: Running) -> None:
         self._leave(running)
@@ -341,19 +431,26 @@ class Engine:
 
     def _leave(self, running: Running) -> None:
         self._running.remove(running)
-        self._pool.release(running.pages)
-        self._slots.append(running.slot)
+        self._pools[running.group].release(running.pages)
+        self._slots[running.group].append(running.slot)
 
     def _look_at_results(self, before: int) -> None:
         """Hand out the tokens of steps before one; this waits for the device."""
         while self._in_flight and self._in_flight[0].step < before:
-            _, drawn, batch = self._in_flight.popleft()
-            tokens = _tokens(drawn, [running.request for running in batch])
-            for running, token in zip(batch, tokens, strict=True):
+            _, result, batch, places = self._in_flight.popleft()
+            answers = _tokens(result, places, [running.request for running in batch])
+            drafted = np.asarray(result.drafted) if isinstance(result, Verified) else None
+            for running, tokens, place in zip(batch, answers, places, strict=True):
                 # A step was under way when the request ended.
                 if running.request.finish is not None:
                     continue
-                running.request.take(token)
+                if drafted is not None:
+                    running.length -= self._most_taken - len(tokens)
+                    running.drawn += len(tokens) - 1
+                    self._count_drafts(int(drafted[place]), len(tokens) - 1)
+                for token in tokens:
+                    if running.request.finish is None:
+                        running.request.take(token)
                 known = [token.id for token in running.request.tokens[len(running.ids) - len(running.request.prompt) :]]
                 running.ids += known
                 self.counts.tokens += len(known)
@@ -361,30 +458,49 @@ class Engine:
                 if running.request.finish is not None:
                     self._leave(running)
 
+    def _count_drafts(self, drafted: int, accepted: int) -> None:
+        self.counts.drafted += drafted
+        self.counts.accepted += accepted
+        for k in range(accepted):
+            self.counts.accepted_at[k] += 1
+
     def _register(self, running: Running) -> None:
         """Let the full pages of a request be found, as soon as the device has the work that fills them."""
-        size = self._pool.page_size
-        for i in range(len(running.digests) - 1, min(running.length, len(running.ids)) // size):
+        pool = self._pools[running.group]
+        size = pool.page_size
+        known = min(running.length, running.end - 1, len(running.ids))
+        for i in range(len(running.digests) - 1, known // size):
             page_ids = running.ids[i * size : (i + 1) * size]
-            running.digests.append(self._pool.register(running.pages[i], running.digests[-1], page_ids))
+            running.digests.append(pool.register(running.pages[i], running.digests[-1], page_ids))
 
 
 def _age(running: Running) -> int:
     return running.request.number
 
 
-def _tokens(drawn: Drawn, requests: Sequence[Request]) -> list[Token]:
-    """Read a pass' results from the device."""
-    ids = np.asarray(drawn.tokens).tolist()
-    wanted = [request.sampling.logprobs for request in requests]
-    if all(count is None for count in wanted):
-        return [Token(id) for id in ids[: len(requests)]]
-    _, logprobs, likeliest, best = jax.device_get(drawn)
+def _tokens(result: Drawn | Verified, places: Sequence[int], requests: Sequence[Request]) -> list[list[Token]]:
+    """Read a pass' results from the device: the next tokens of each request.
+
+    Args:
+        places: of the requests in the results.
+    """
+    drawn, taken = result, np.ones(max(places) + 1, int)
+    if isinstance(result, Verified):
+        drawn, taken = result.drawn, np.asarray(result.taken)
+    # All but the tokens only if somebody wants it.
+    whole = any(request.sampling.logprobs is not None for request in requests)
+    fields = jax.device_get(drawn) if whole else [np.asarray(drawn.tokens)]
+    ids, *told = (np.reshape(field, (len(field), -1, *field.shape[drawn.tokens.ndim :])) for field in fields)
+
+    def token(row: int, at: int, count: int | None) -> Token:
+        id = int(ids[row, at])
+        if count is None:
+            return Token(id)
+        logprob, likeliest, best = (field[row, at] for field in told)
+        pairs = zip(likeliest[:count].tolist(), best[:count].tolist(), strict=True)
+        return Token(id, float(logprob), tuple(pairs))
+
     return [
-        Token(ids[i])
-        if count is None
-        else Token(
-            ids[i], float(logprobs[i]), tuple(zip(likeliest[i, :count].tolist(), best[i, :count].tolist(), strict=True))
-        )
-        for i, count in enumerate(wanted)
+        [token(place, at, request.sampling.logprobs) for at in range(taken[place])]
+        for place, request in zip(places, requests, strict=True)
     ]

@@ -6,15 +6,15 @@ and these along `node`; each has requests and a cache of its own. The experts of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from dsjax.config import ModelConfig
+from dsjax.inference.settings import EngineSettings
 
 AXES = ("node", "data", "tensor")
 GROUPS = ("node", "data")
@@ -127,24 +127,31 @@ EXPERTS = (1, AXES)
 """The same of routed experts; all other weights are whole on every device."""
 
 
-def weight_spec(path: tuple, rank: int) -> PartitionSpec:
-    """Return how the weight at `path` of a tree of stacked parameters, of so many axes, is divided."""
+def weight_spec(path: tuple) -> PartitionSpec:
+    """Return how the weight at `path` of a tree of stacked parameters is divided."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     found = EXPERTS if "experts" in names else WEIGHTS.get(names[-1])
     if found is None:
         return PartitionSpec()
     axis, over = found
-    return PartitionSpec(*(over if i == axis else None for i in range(rank)))
+    return PartitionSpec(*[None] * axis, over)
 
 
 def weight_specs(params: PyTree) -> PyTree:
     """Return how all weights are divided."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: weight_spec(path, np.ndim(leaf)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: weight_spec(path), params)
 
 
-def of_group(config: ModelConfig, layout: Layout) -> ModelConfig:
-    """Return the model as one device computes attention: with its heads alone."""
-    return replace(config, num_attention_heads=config.num_attention_heads // layout.tensor)
+def check_engine(engine: EngineSettings, layout: Layout) -> None:
+    """Raises ValueError for settings that cannot be divided over the groups of a layout, or the devices of a group."""
+    if engine.slots % layout.groups:
+        raise ValueError(
+            f"engine.slots = {engine.slots}: must be a multiple of layout.node x layout.data = {layout.groups} groups"
+        )
+    if engine.prefill_tokens % layout.tensor:
+        raise ValueError(
+            f"engine.prefill_tokens = {engine.prefill_tokens}: must be a multiple of layout.tensor = {layout.tensor}"
+        )
 
 
 def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:

@@ -1,9 +1,11 @@
 """A trained model from disk, ready to generate: a run, or released weights in any form that `checkpoint/` reads."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from dsjax.checkpoint.forms import open_checkpoint
@@ -12,16 +14,19 @@ from dsjax.checkpoint.native import Checkpoints, NoUsableCheckpoint
 from dsjax.checkpoint.sources import RUN_FOLDER
 from dsjax.config import ModelConfig
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.inference.layout import Layout, mesh_of, placed, weight_specs
+from dsjax.inference.weights import arranged, first_placement
 from dsjax.model.layers import cast_weights
 from dsjax.model.layout import stack
 from dsjax.model.transformer import abstract_parameters
+from dsjax.parallel.placement import Placement
 from dsjax.runtime import Runtime, compute_dtype
 from dsjax.settings import load_config
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that generating needs; without MTP modules."""
+    """All that generating needs."""
 
     config: ModelConfig
     runtime: Runtime
@@ -36,14 +41,66 @@ class Model:
     """Tokens of the sequences that the model was made for; RoPE itself has no limit."""
     origin: str
     """Where the weights are from, for people."""
+    layout: Layout = field(default_factory=Layout)
+    """How the devices of a unit share it."""
+    mesh: Mesh | None = None
+    """Of the unit; None where weights are on a single device."""
+    placement: Placement | None = None
+    """Of its experts, where they have several slots: in MoE layers and then in MTP modules."""
+
+    def shardings(self, specs: PyTree) -> PyTree:
+        """Return how arrays are divided: as `specs` say, or on the device of the weights."""
+        if self.mesh is None:
+            (device,) = jax.tree.leaves(self.params)[0].devices()
+            return jax.tree.map(lambda _: SingleDeviceSharding(device), specs)
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def on_unit(self, layout: Layout, devices: Sequence[jax.Device] | None = None, *, fp8: bool = False) -> "Model":
+        """Return this model on the devices of a unit.
+
+        Args:
+            devices: by default the first of all that there are.
+            fp8: whether products of weights are in FP8.
+
+        Raises:
+            ValueError: the layout is none for the model, or there are too few devices.
+        """
+        layout.check(self.config)
+        mesh, placement = mesh_of(layout, devices), first_placement(self.config, layout)
+        weights = arranged(
+            self.params, self.config, layout, placement.expert_of_slot, self.runtime.compute_dtype, fp8=fp8
+        )
+        return replace(
+            self,
+            params=placed(weights, weight_specs(weights), mesh),
+            biases=placed(self.biases, jax.tree.map(lambda _: PartitionSpec(), self.biases), mesh),
+            layout=layout,
+            mesh=mesh,
+            placement=None if layout.is_plain(self.config) else placement,
+        )
+
+    def with_modules(self, count: int) -> "Model":
+        """Return this model with the first `count` of its MTP modules alone."""
+        if count == self.config.num_nextn_predict_layers:
+            return self
+
+        def first(tree: PyTree) -> PyTree:
+            rest = {name: part for name, part in tree.items() if name != "mtp"}
+            if "mtp" not in tree or not count:
+                return rest
+            return rest | {"mtp": jax.tree.map(lambda leaf: leaf[:count], tree["mtp"])}
+
+        config = replace(self.config, num_nextn_predict_layers=count)
+        return replace(self, config=config, params=first(self.params), biases=first(self.biases))
 
 
-def load_model(path: str | Path, *, ema: bool = False) -> Model:
+def load_model(path: str | Path, *, ema: bool = False, mtp: bool = False) -> Model:
     """Load the newest undamaged checkpoint of a run, or released weights.
 
     Args:
         path: folder of a run, or of weights with their config and `tokenizer.json`.
         ema: whether to take the moving average of a run's weights.
+        mtp: whether to load the model's MTP modules too, which draft tokens: see `EngineSettings.speculate`.
 
     Raises:
         ValueError: no such folder; neither a run nor weights; no checkpoint yet, or none that is whole; no average;
@@ -52,7 +109,7 @@ def load_model(path: str | Path, *, ema: bool = False) -> Model:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
-    model = _load_run(path, ema) if (path / "config.toml").is_file() else _load_weights(path, ema)
+    model = (_load_run if (path / "config.toml").is_file() else _load_weights)(path, ema, mtp)
     if model.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{path / 'tokenizer.json'} has {model.tokenizer.vocab_size} tokens: must be at most the model's "
@@ -61,13 +118,13 @@ def load_model(path: str | Path, *, ema: bool = False) -> Model:
     return model
 
 
-def _load_run(path: Path, ema: bool) -> Model:
+def _load_run(path: Path, ema: bool, mtp: bool) -> Model:
     run = load_config([str(path / "config.toml")])
     if ema and not run.train.ema_decay:
         raise ValueError(f"{path}: the run keeps no average of its weights (train.ema_decay = 0); leave --ema out")
     if not (path / RUN_FOLDER).is_dir():
         raise ValueError(f"{path}: the run has no checkpoint yet")
-    config = replace(run.model, num_nextn_predict_layers=0)
+    config = run.model if mtp else replace(run.model, num_nextn_predict_layers=0)
     params, biases = abstract_parameters(config)
     tree = "ema" if ema else "params"
     try:
@@ -91,10 +148,10 @@ def _load_run(path: Path, ema: bool) -> Model:
     )
 
 
-def _load_weights(path: Path, ema: bool) -> Model:
+def _load_weights(path: Path, ema: bool, mtp: bool) -> Model:
     if ema:
         raise ValueError(f"{path}: only a run has averaged weights, and this is none; leave --ema out")
-    source = open_checkpoint(path, mtp=False)
+    source = open_checkpoint(path, mtp=mtp)
     try:
         tokenizer, config, released = _load_tokenizer(path), source.config, source.huggingface or {}
         runtime = Runtime(compute_dtype=compute_dtype("auto"))

@@ -6,8 +6,9 @@ kept until its place is needed: the one unused for longest goes first. All of th
 """
 
 import hashlib
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -74,7 +75,15 @@ class PagePool:
         counts: of the prefix cache.
     """
 
-    def __init__(self, pages: int, page_size: int, *, most_idle: int, tier: Tier | None = None):
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        *,
+        most_idle: int,
+        tier: Tier | None = None,
+        counts: PrefixCounts | None = None,
+    ):
         """All pages are free.
 
         Args:
@@ -82,8 +91,10 @@ class PagePool:
             page_size: tokens of a page.
             most_idle: known pages that are kept although nobody holds them; 0 for no prefix cache.
             tier: where such pages go before they are used for something else.
+            counts: of several pools together; by default its own.
         """
-        self.usable, self.page_size, self.counts = pages - 1, page_size, PrefixCounts()
+        self.usable, self.page_size = pages - 1, page_size
+        self.counts = PrefixCounts() if counts is None else counts
         self._most_idle, self._tier = most_idle, tier
         self._free = list(range(pages - 1, 0, -1))
         self._holders = [0] * pages
@@ -105,6 +116,10 @@ class PagePool:
     def held(self) -> int:
         """Pages that requests have."""
         return self.usable - self.available
+
+    def needed(self, tokens: Sequence[int]) -> int:
+        """Return how many pages tokens take."""
+        return -(-len(tokens) // self.page_size)
 
     def take(self) -> int | None:
         """Return a page to be written, with one holder; None if all are held."""
@@ -129,14 +144,23 @@ class PagePool:
         while len(self._idle) > self._most_idle:
             self._forget(next(iter(self._idle)))
 
+    def known(self, tokens: Sequence[int]) -> int:
+        """Return how many pages hold the beginning of these tokens, without those of the tier below."""
+        return sum(1 for _ in itertools.takewhile(lambda known: known.digest in self._pages, self._spelled(tokens)))
+
+    def _spelled(self, tokens: Sequence[int]) -> Iterator[Known]:
+        """Yield the full pages of these tokens that are worth finding: at least one token is left to be read."""
+        digest, size = ROOT, self.page_size
+        for start in range(0, (len(tokens) - 1) // size * size if self._most_idle else 0, size):
+            known = Known.of(digest, tokens[start : start + size])
+            digest = known.digest
+            yield known
+
     def match(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
         """Return pages that hold the beginning of these tokens, now also held by the caller, and `ROOT` and their
         digests. At least one token is left to be read."""
-        pages, digests, size = [], [ROOT], self.page_size
-        if self._most_idle == 0:
-            return pages, digests
-        for start in range(0, (len(tokens) - 1) // size * size, size):
-            wanted = Known.of(digests[-1], tokens[start : start + size])
+        pages, digests = [], [ROOT]
+        for wanted in self._spelled(tokens):
             page = self._find(wanted)
             if page is None:
                 break

@@ -1,21 +1,47 @@
-"""The engine's device side: its state, and passes over it by programs of few sizes."""
+"""The engine's device side: its state, and passes over it by programs of few sizes.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A unit of several devices has a state of each of its groups, whose requests have the same number of rows in a pass.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, PyTree
 
-from dsjax.inference.cache import bytes_per_token, empty_cache
+from dsjax.inference.cache import bytes_per_page, empty_cache
+from dsjax.inference.forward import Batch
+from dsjax.inference.layout import AXES, check_engine
 from dsjax.inference.load import Model
-from dsjax.inference.programs import Batch, State, decode, mark_seen, prefill, read_page, write_page
+from dsjax.inference.machine import Machine
+from dsjax.inference.programs import (
+    OF_GROUPS,
+    State,
+    decode,
+    mark_seen,
+    prefill,
+    read_page,
+    take_loads,
+    write_page,
+)
+from dsjax.inference.rebalance import Rebalancer, RebalanceSettings
+from dsjax.inference.replicas import loads_with_shared
 from dsjax.inference.sampling import Drawn, Sampling, choice
 from dsjax.inference.settings import SMALLEST_PIECE, EngineSettings, fitting, sizes
+from dsjax.inference.speculation import Verified, prefill_and_draft, verify_and_draft
+from dsjax.inference.weights import moe_layers
+from dsjax.parallel.placement import Placement
 
 CPU_BYTES, ACCELERATOR_SHARE = 4 * 2**30, 0.8
 """What a cache may take by itself: see `EngineSettings.cache_bytes`."""
+COUNTED_STEPS = 16
+"""After which the loads of experts are looked at, where they are followed."""
+PLANNING_STEPS = 20
+"""That a new placement may take to be planned."""
 PADDING = Sampling(temperature=0.0)
 """Settings of a batch's empty places."""
 
@@ -24,14 +50,30 @@ PADDING = Sampling(temperature=0.0)
 class Row:
     """A request's place in a pass."""
 
+    group: int
+    """Of devices, which has it."""
     owner: int
     """Whose pages these are: they only ever grow in number."""
     slot: int
     pages: Sequence[int]
     """With those for the new tokens."""
     length: int
-    """Tokens that the cache has."""
+    """Tokens that the cache has; with speculation `decode` knows better."""
     sampling: Sampling
+    end: int
+    """Tokens that prompt and answer may have."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a prompt that is to be read."""
+
+    row: Row
+    ids: Sequence[int]
+    first: Bool[np.ndarray, " V"] | None
+    """Which tokens may follow; None for all."""
+    is_last: bool
+    """Whether it is the last of the prompt; what is chosen behind others is of no account."""
 
 
 class Passes:
@@ -39,41 +81,67 @@ class Passes:
 
     Attributes:
         context: most tokens of a sequence.
-        pages: of the cache, with page 0.
+        groups: of devices, each with slots and pages of its own.
+        slots: of a group.
+        pages: of a group's cache, with page 0.
+        rebalancer: of the experts, where the layout has them follow the loads.
         page_bytes: bytes of a page.
     """
 
     def __init__(self, model: Model, settings: EngineSettings):
         """Makes an empty state.
 
+        Args:
+            model: with the MTP modules that draft, and no others.
+            settings: of the engine.
+
         Raises:
-            ValueError: no room for two pages; weights on several devices.
+            ValueError: no room for two pages; settings that cannot be divided over the groups.
         """
-        self._vocab_size, self._slots = model.config.vocab_size, settings.slots
-        devices = jax.tree.leaves(model.params)[0].devices()
-        if len(devices) > 1:
-            raise ValueError(f"the model's weights are on {len(devices)} devices: must be on one")
-        # All arrays are committed to it: those that are not would have programs compiled again.
-        (self._device,) = devices
-        self._weights = jax.device_put((model.params, model.biases), self._device)
+        layout, self._vocab_size = model.layout, model.config.vocab_size
+        check_engine(settings, layout)
+        self.groups, self._micro_batches = layout.groups, layout.micro_batches
+        self.slots = settings.slots // self.groups
+        machine = Machine.of(model.runtime, layout, model.mesh)
+        self._of_prompts = {"config": model.config, "runtime": replace(machine, one_hop=False)}
+        self._of_answers = {"config": model.config, "runtime": machine}
+        self._weights = model.params, model.biases
+        self.rebalancer = _rebalancer(model) if layout.rebalance else None
+        self._steps, self._per_token = 0, model.config.num_experts_per_tok * layout.shared_as_routed
+        self._loads: Array | None = None
         self.context = settings.context or model.context
         dtype, page_size = model.runtime.compute_dtype, settings.page_size
-        self.page_bytes = page_size * bytes_per_token(model.config, dtype, settings.cache_format)
+        self.page_bytes = bytes_per_page(model.config, page_size, dtype, settings.cache_format)
         needed = -(-self.context // page_size)
-        self.pages = _pages(settings, needed, self.page_bytes)
-        cache = empty_cache(model.config, self.pages, page_size, dtype, settings.cache_format)
-        state = State(
-            cache=cache,
-            tokens=jnp.zeros(settings.slots + 1, jnp.int32),
-            seen=jnp.zeros((settings.slots + 1, model.config.vocab_size), bool),
-        )
-        self._state = jax.device_put(state, self._device)
-        self._everything = jax.device_put(np.ones((1, model.config.vocab_size), bool), self._device)
-        self._common = {"config": model.config, "runtime": model.runtime}
-        self._batch_sizes = sizes(1, settings.slots)
+        self.pages = _pages(settings, self.slots, needed, self.page_bytes)
+        self._speculates = settings.speculate > 0
+
+        def empty() -> State:
+            whole = self.groups * (self.slots + 1)
+            state = State(
+                cache=empty_cache(model.config, self.groups * self.pages, page_size, dtype, settings.cache_format),
+                tokens=jnp.zeros(whole, jnp.int32),
+                seen=jnp.zeros((whole, self._vocab_size), bool),
+            )
+            if self._speculates:
+                drafts = jnp.zeros((whole, settings.speculate), jnp.int32)
+                state = state._replace(lengths=jnp.zeros(whole, jnp.int32), drafts=drafts)
+            if layout.rebalance:
+                shape = layout.devices, moe_layers(model.config), model.config.n_routed_experts
+                state = state._replace(loads=jnp.zeros(shape, jnp.int32))
+            return state
+
+        # All arrays are committed to their devices: those that are not would have programs compiled again.
+        divided = model.shardings(jax.eval_shape(empty).spec)
+        self._state = jax.jit(empty, out_shardings=divided)()
+        self._shared, self._divided = model.shardings(PartitionSpec()), model.shardings(OF_GROUPS)
+        self._take_loads = jax.jit(take_loads, donate_argnums=0, out_shardings=(self._shared, divided))
+        self._everything = jax.device_put(np.ones((1, self._vocab_size), bool), self._shared)
+        rows = self._micro_batches
+        self._batch_sizes = sizes(rows, -(-self.slots // rows) * rows)
         self._table_sizes = sizes(max(1, settings.shortest_table // page_size), needed)
         self._piece_sizes = sizes(SMALLEST_PIECE, settings.prefill_tokens)
-        self._continuing: list[tuple[int, int, int]] = []
+        self._continuing: list[tuple[int, ...]] = []
         self._batch: Batch | None = None
 
     @property
@@ -81,75 +149,160 @@ class Passes:
         """Most tokens that one pass reads of a prompt."""
         return self._piece_sizes[-1]
 
-    def prefill(self, row: Row, piece: Sequence[int], first: Bool[np.ndarray, " V"] | None, *, last: bool) -> Drawn:
-        """Read a piece of a prompt; return the token chosen behind it, which counts if it is the last piece."""
-        length = fitting(self._piece_sizes, len(piece))
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, : len(piece)] = piece
-        allowed = self._everything if first is None else jax.device_put(first[None], self._device)
-        counts, ends = np.array([len(piece)], np.int32), np.array([last])
-        drawn, self._state = prefill(
-            *self._weights, self._state, self._new_batch([row], 1), tokens, counts, allowed, ends, **self._common
+    @property
+    def most_pieces(self) -> int:
+        """Most pieces of a group in a pass."""
+        return self._micro_batches
+
+    def prefill(self, pieces: Sequence[Piece]) -> tuple[Drawn, list[int]]:
+        """Read pieces of prompts; return the tokens chosen behind them, and where in the results each piece is."""
+        count = self._micro_batches
+        by_group, places = self._arranged([piece.row for piece in pieces], count)
+        length = fitting(self._piece_sizes, max(len(piece.ids) for piece in pieces))
+        tokens, counts = np.zeros((self.groups * count, length), np.int32), np.ones(self.groups * count, np.int32)
+        ends = np.zeros(self.groups * count, bool)
+        allowed = None
+        for at, piece in zip(places, pieces, strict=True):
+            tokens[at, : len(piece.ids)], counts[at], ends[at] = piece.ids, len(piece.ids), piece.is_last
+            if piece.first is not None:
+                allowed = np.ones((self.groups * count, self._vocab_size), bool) if allowed is None else allowed
+                allowed[at] = piece.first
+        run = prefill_and_draft if self._speculates else prefill
+        # Of one row, all that may follow has one row, too; of several, rows of requests are divided over groups.
+        everything = self._everything if allowed is None else jax.device_put(allowed, self._divided)
+        rest = *jax.device_put((tokens, counts), self._divided), everything, jax.device_put(ends, self._divided)
+        drawn, self._state = run(
+            *self._weights, self._state, self._new_batch(by_group, count), *rest, **self._of_prompts
         )
-        return drawn
+        return drawn, places
 
-    def decode(self, rows: Sequence[Row]) -> Drawn:
-        """Read the last token of each request, and choose the next; results are in the order of `rows`."""
-        # While the same requests are on the same pages, the device itself knows the next step's batch.
-        if self._batch is None or [(row.owner, len(row.pages), row.length) for row in rows] != self._continuing:
-            self._batch = self._new_batch(rows, fitting(self._batch_sizes, len(rows)))
-        self._continuing = [(row.owner, len(row.pages), row.length + 1) for row in rows]
-        drawn, self._state, self._batch = decode(*self._weights, self._state, self._batch, **self._common)
-        return drawn
+    def decode(self, rows: Sequence[Row]) -> tuple[Drawn | Verified, list[int]]:
+        """Read the last token of each request, and choose the next; return also where in the results each row is."""
+        size = fitting(self._batch_sizes, max(Counter(row.group for row in rows).values()))
+        by_group, places = self._arranged(rows, size)
+        # While the same requests are on the same pages, the device itself knows the next step's batch. With speculation
+        # it alone knows how long the sequences are.
+        moving = not self._speculates
+        batch = [(row.owner, len(row.pages), row.length * moving) for row in rows]
+        if self._batch is None or batch != self._continuing:
+            self._batch = self._new_batch(by_group, size)
+        self._continuing = [(owner, pages, length + moving) for owner, pages, length in batch]
+        given = *self._weights, self._state, self._batch
+        if self._speculates:
+            result, self._state = verify_and_draft(*given, **self._of_answers)
+        else:
+            result, self._state, self._batch = decode(*given, **self._of_answers)
+        return result, places
 
-    def mark_seen(self, slot: int, ids: Sequence[int]) -> None:
+    def follow_loads(self) -> None:
+        """Do what is due of placing experts anew, between two steps."""
+        if self.rebalancer is None:
+            return
+        if self._loads is not None:  # counted a step ago, so that nobody waits for them
+            loads = np.asarray(self._loads)
+            self.rebalancer.observe(loads_with_shared(loads, self._per_token) if self._per_token else loads)
+            self._loads = None
+        self._steps += 1
+        if self._steps % COUNTED_STEPS == 0:
+            self._loads, self._state = self._take_loads(self._state)
+        self._move_experts(self.rebalancer.advance)
+
+    def _move_experts(self, move: Callable[[PyTree], PyTree]) -> None:
+        params, biases = self._weights
+        layers = params["moe"]
+        experts = move(layers["moe"]["experts"])
+        layers = layers | {"moe": layers["moe"] | {"experts": experts}, "tables": self.rebalancer.tables}
+        self._weights = params | {"moe": layers}, biases
+
+    def close(self) -> None:
+        """Stop what runs aside."""
+        if self.rebalancer is not None:
+            self.rebalancer.close()
+
+    def mark_seen(self, group: int, slot: int, ids: Sequence[int]) -> None:
         """Let a slot have seen these tokens and no others."""
         seen = np.zeros(self._vocab_size, bool)
         seen[list(ids)] = True
-        self._state = mark_seen(self._state, np.int32(slot), seen)
+        self._state = mark_seen(self._state, *self._at(group, slot), jax.device_put(seen, self._shared), **self._where)
 
-    def read_page(self, page: int) -> dict[str, np.ndarray]:
+    def read_page(self, group: int, page: int) -> dict[str, np.ndarray]:
         """Return what is on a page."""
-        return jax.device_get(read_page(self._state.cache, np.int32(page)))
+        return jax.device_get(read_page(self._state, *self._at(group, page), **self._where))
 
-    def write_page(self, page: int, arrays: dict[str, np.ndarray]) -> None:
+    def write_page(self, group: int, page: int, arrays: dict[str, np.ndarray]) -> None:
         """Set a page to these bytes."""
         shapes = {name: (a.shape[0], *a.shape[2:]) for name, a in self._state.cache.arrays.items()}
         typed = {
             name: arrays[name].view(self._state.cache.arrays[name].dtype).reshape(shape)
             for name, shape in shapes.items()
         }
-        self._state = write_page(self._state, np.int32(page), typed)
+        contents = jax.device_put(typed, self._shared)
+        self._state = write_page(self._state, *self._at(group, page), contents, **self._where)
 
     def warm_up(self) -> None:
         """Run every program once, with padding alone."""
-        nobody = Row(-1, self._slots, (), 0, PADDING)
         page_size = self._state.cache.page_size
         for pages in self._table_sizes:
-            row = Row(-1, self._slots, (0,) * pages, 0, PADDING)
+            row = Row(0, -1, self.slots, (0,) * pages, 0, PADDING, 0)
             for shorter, length in zip([0, *self._piece_sizes], self._piece_sizes, strict=False):
                 if shorter < pages * page_size:
-                    self.prefill(row, [0] * length, None, last=False)
+                    self.prefill([Piece(row, [0] * length, None, is_last=False)])
             for count in self._batch_sizes:
-                self.decode([row] + [nobody] * (count - 1))
-        self.mark_seen(self._slots, [])
-        self.write_page(0, self.read_page(0))
+                self.decode([row] * count)
+        self.mark_seen(0, self.slots, [])
+        self.write_page(0, 0, self.read_page(0, 0))
+        if self.rebalancer is not None:
+            self._move_experts(self.rebalancer.warm_up)
+            _, self._state = self._take_loads(self._state)
         self._batch = None
         jax.block_until_ready(self._state)
 
-    def _new_batch(self, rows: Sequence[Row], size: int) -> Batch:
-        width = fitting(self._table_sizes, max(len(row.pages) for row in rows))
-        tables, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-        slots = np.full(size, self._slots, np.int32)
-        for i, row in enumerate(rows):
-            slots[i], lengths[i] = row.slot, row.length
-            tables[i, : len(row.pages)] = row.pages
-        settings = choice([row.sampling for row in rows] + [PADDING] * (size - len(rows)))
-        return jax.device_put(Batch(slots, tables, lengths, settings), self._device)
+    @property
+    def _where(self) -> dict[str, Machine]:
+        return {"runtime": self._of_answers["runtime"]}
+
+    def _at(self, *place: int) -> tuple[Array, ...]:
+        return jax.device_put(tuple(np.int32(number) for number in place), self._shared)
+
+    def _arranged(self, rows: Sequence[Row], size: int) -> tuple[list[list[Row]], list[int]]:
+        """Return the rows of each group, and where all of them are if each has `size`."""
+        by_group: list[list[Row]] = [[] for _ in range(self.groups)]
+        places = []
+        for row in rows:
+            places.append(row.group * size + len(by_group[row.group]))
+            by_group[row.group].append(row)
+        return by_group, places
+
+    def _new_batch(self, by_group: Sequence[Sequence[Row]], size: int) -> Batch:
+        width = fitting(self._table_sizes, max(len(row.pages) for rows in by_group for row in rows))
+        whole = self.groups * size
+        tables, lengths = np.zeros((whole, width), np.int32), np.zeros(whole, np.int32)
+        slots, ends = np.full(whole, self.slots, np.int32), np.zeros(whole, np.int32)
+        settings = [PADDING] * whole
+        for group, rows in enumerate(by_group):
+            for at, row in enumerate(rows, start=group * size):
+                slots[at], lengths[at], ends[at], settings[at] = row.slot, row.length, row.end, row.sampling
+                tables[at, : len(row.pages)] = row.pages
+        batch = Batch(slots, tables, lengths, choice(settings), ends if self._speculates else None)
+        return jax.device_put(batch, self._divided)
 
 
-def _pages(settings: EngineSettings, needed: int, page_bytes: int) -> int:
-    """Return the pages of the cache, with page 0."""
+def _rebalancer(model: Model) -> Rebalancer:
+    layout, placement = model.layout, model.placement
+    layers = moe_layers(model.config)
+    main = Placement(placement.expert_of_slot[:layers], placement.experts, placement.devices, placement.nodes)
+    # A load is what is counted in some steps; half of the weight is on those since the last plan but one.
+    settings = RebalanceSettings(
+        steps=layout.rebalance,
+        planning_steps=min(PLANNING_STEPS, layout.rebalance),
+        half_life=max(1.0, layout.rebalance / COUNTED_STEPS),
+        groups=1 if layout.shared_as_routed else model.config.n_group,
+    )
+    return Rebalancer(main, model.params["moe"]["moe"]["experts"], model.mesh, AXES, settings)
+
+
+def _pages(settings: EngineSettings, slots: int, needed: int, page_bytes: int) -> int:
+    """Return the pages of a group's cache, with page 0."""
     if settings.cache_bytes:
         pages = settings.cache_bytes // page_bytes
         if pages < 2:
@@ -157,4 +310,4 @@ def _pages(settings: EngineSettings, needed: int, page_bytes: int) -> int:
         return pages
     memory = jax.local_devices()[0].memory_stats()
     free = (memory["bytes_limit"] - memory["bytes_in_use"]) * ACCELERATOR_SHARE if memory else CPU_BYTES
-    return max(2, min(settings.slots * needed + 1, int(free) // page_bytes))
+    return max(2, min(slots * needed + 1, int(free) // page_bytes))

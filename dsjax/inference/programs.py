@@ -1,35 +1,30 @@
-"""The two programs of inference: `prefill` reads a piece of a prompt, `decode` one token of each of a batch; both
-choose the token after.
+"""The programs of inference: `prefill` reads a piece of a prompt, `decode` one token of each of a batch; both choose
+the token after. And what looks at a page, or changes one.
 
-Both are `extend` with other shapes: new tokens attend to the cache and to themselves, and are added to the cache in one
-write behind the last layer. Shapes are static and the state is donated, so a program is compiled once per shape and
-writes in place; layers are one loop, so its compile time does not grow with depth.
+Shapes are static and the state is given away, so a program is compiled once per shape and writes in place. On a unit of
+several devices a program is that of a single one inside `shard_map`: every group has its own requests, slots and pages,
+of which it sees no others; see `layout`.
 """
 
 import functools
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from dsjax.config import ModelConfig
-from dsjax.inference.attention import expanded_attention, is_expansion_cheaper
-from dsjax.inference.cache import PagedCache, read, write
-from dsjax.inference.experts import apart, are_few, exchange_within_row
-from dsjax.inference.sampling import Choice, Drawn, draw
-from dsjax.model.attention import absorbed_attention, latents
-from dsjax.model.context import Context
-from dsjax.model.ffn import feed_forward
-from dsjax.model.layers import rms_norm
-from dsjax.model.moe import moe
-from dsjax.model.rope import rotation
-from dsjax.model.transformer import logits
-from dsjax.runtime import Runtime, full_precision
+from dsjax.inference.cache import PagedCache, write
+from dsjax.inference.forward import Batch, forward
+from dsjax.inference.layout import AXES, GROUPS, weight_specs
+from dsjax.inference.machine import Machine
+from dsjax.inference.sampling import Drawn, draw
 
-BLOCK = 1024
-"""Known tokens that are expanded at once."""
+OF_GROUPS = PartitionSpec(GROUPS)
+"""How arrays of requests are divided."""
 
 
 class State(NamedTuple):
@@ -40,23 +35,65 @@ class State(NamedTuple):
     """The token chosen last, which `decode` reads."""
     seen: Bool[Array, "S V"]
     """Tokens of prompt and answer, for the repetition penalty; only kept where a request has one."""
+    lengths: Int[Array, " S"] | None = None
+    """Tokens that the cache has; only for speculation, where the device alone knows."""
+    drafts: Int[Array, "S K"] | None = None
+    """Tokens that may follow the one chosen last; only for speculation."""
+    loads: Int[Array, "1 sparse E"] | None = None
+    """Tokens that chose each expert, on this device since it was last asked; only where experts are placed by it."""
+
+    @property
+    def spec(self) -> "State":
+        """How the state of a unit is divided."""
+        spec = State(*(None if field is None else OF_GROUPS for field in self))
+        loads = None if self.loads is None else PartitionSpec(AXES)
+        return spec._replace(cache=PartitionSpec(None, GROUPS), loads=loads)
+
+    def counting(self, loads: Int[Array, "sparse E"]) -> "State":
+        """Return the state in which these loads are counted, if any are."""
+        return self if self.loads is None else self._replace(loads=self.loads + loads)
 
 
-class Batch(NamedTuple):
-    """The requests of a pass."""
+def program(results: int) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
+    """Compile functions `(params, biases, state, batch, ..., *, config, runtime)`, which give back a tuple with the
+    state in its second place and what belongs to requests in the others; for one device, or for the unit of `runtime`.
 
-    slots: Int[Array, " B"]
-    tables: Int[Array, "B M"]
-    """Their pages; 0 behind the last."""
-    lengths: Int[Array, " B"]
-    """Tokens of each that the cache has."""
-    choice: Choice
+    Args:
+        results: length of the tuple.
+    """
+
+    def decorate(function: Callable[..., tuple]) -> Callable[..., tuple]:
+        alone = jax.jit(function, static_argnames=("config", "runtime"), donate_argnames="state")
+
+        @functools.lru_cache(maxsize=64)
+        def on_unit(config: ModelConfig, runtime: Machine) -> Callable[..., tuple]:
+            def whole(params: PyTree, biases: PyTree, state: State, batch: Batch, *rest: Array) -> tuple:
+                # What all requests share has one row.
+                of_rest = [PartitionSpec() if array.shape[0] == 1 else OF_GROUPS for array in rest]
+                mapped = jax.shard_map(
+                    functools.partial(function, config=config, runtime=runtime),
+                    mesh=runtime.mesh,
+                    in_specs=(weight_specs(params), PartitionSpec(), state.spec, OF_GROUPS, *of_rest),
+                    out_specs=(OF_GROUPS, state.spec, *[OF_GROUPS] * (results - 2)),
+                    check_vma=False,
+                )
+                return mapped(params, biases, state, batch, *rest)
+
+            return jax.jit(whole, donate_argnums=2)
+
+        @functools.wraps(function)
+        def run(*args: Any, config: ModelConfig, runtime: Machine) -> tuple:
+            if runtime.is_divided:
+                return on_unit(config, runtime)(*args)
+            return alone(*args, config=config, runtime=runtime)
+
+        run.alone = alone
+        return run
+
+    return decorate
 
 
-program = functools.partial(jax.jit, static_argnames=("config", "runtime"), donate_argnames="state")
-
-
-@program
+@program(results=2)
 def prefill(
     params: PyTree,
     biases: PyTree,
@@ -68,7 +105,7 @@ def prefill(
     last: Bool[Array, " B"],
     *,
     config: ModelConfig,
-    runtime: Runtime,
+    runtime: Machine,
 ) -> tuple[Drawn, State]:
     """Read a piece of each prompt, and choose the token behind it.
 
@@ -81,27 +118,44 @@ def prefill(
         first: which tokens may be chosen.
         last: whether a piece is the last of its prompt; what is chosen behind others is of no account.
     """
-    hidden, cache = extend(params, biases, state.cache, batch, tokens, counts, config=config, runtime=runtime)
+    hidden, state = extended(params, biases, state, batch, tokens, counts, config=config, runtime=runtime)
     ends = jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0]
-    return _drawn(logits(params, ends), batch, batch.lengths + counts, state._replace(cache=cache), first, last)
+    return choose(runtime.scores(params, ends), batch, batch.lengths + counts, state, first, last)
 
 
-@program
+@program(results=3)
 def decode(
-    params: PyTree, biases: PyTree, state: State, batch: Batch, *, config: ModelConfig, runtime: Runtime
+    params: PyTree, biases: PyTree, state: State, batch: Batch, *, config: ModelConfig, runtime: Machine
 ) -> tuple[Drawn, State, Batch]:
     """Read the token chosen last of each request, and choose the next; return also the batch that continues.
 
     `state` is given away.
     """
     tokens, counts = state.tokens[batch.slots], jnp.ones_like(batch.slots)
-    hidden, cache = extend(params, biases, state.cache, batch, tokens[:, None], counts, config=config, runtime=runtime)
+    hidden, state = extended(params, biases, state, batch, tokens[:, None], counts, config=config, runtime=runtime)
     lengths = batch.lengths + 1
-    drawn, state = _drawn(logits(params, hidden[:, 0]), batch, lengths, state._replace(cache=cache))
+    drawn, state = choose(runtime.scores(params, hidden[:, 0]), batch, lengths, state)
     return drawn, state, batch._replace(lengths=lengths)
 
 
-def _drawn(
+def extended(
+    params: PyTree,
+    biases: PyTree,
+    state: State,
+    batch: Batch,
+    tokens: Int[Array, "B N"],
+    counts: Int[Array, " B"],
+    *,
+    config: ModelConfig,
+    runtime: Machine,
+) -> tuple[Float[Array, "B N D"], State]:
+    """Return the states behind new tokens, see `forward`, and the state whose cache has them."""
+    read = forward(params, biases, state.cache, batch, tokens, counts, config=config, runtime=runtime)
+    cache = write(state.cache, read.entries, batch.tables, batch.lengths, counts)
+    return read.hidden, state._replace(cache=cache).counting(read.loads)
+
+
+def choose(
     scores: Float[Array, "B V"],
     batch: Batch,
     places: Int[Array, " B"],
@@ -109,111 +163,76 @@ def _drawn(
     allowed: Bool[Array, "#B V"] | None = None,
     counts: Bool[Array, " B"] | bool = True,
 ) -> tuple[Drawn, State]:
+    """Return the token chosen for each place, and the state that has it.
+
+    Args:
+        allowed: which tokens may be chosen; by default all.
+        counts: whether what is chosen is a token of the answer.
+    """
     drawn = draw(scores, batch.choice, places, lambda: state.seen[batch.slots], allowed)
     seen = state.seen.at[batch.slots, drawn.tokens].max(counts)
     return drawn, state._replace(tokens=state.tokens.at[batch.slots].set(drawn.tokens), seen=seen)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def mark_seen(state: State, slot: Int[Array, ""], tokens: Bool[Array, " V"]) -> State:
-    """Return the state in which a slot has seen just these tokens."""
-    return state._replace(seen=state.seen.at[slot].set(tokens))
+def take_loads(state: State) -> tuple[Int[Array, "sparse E"], State]:
+    """Return what all devices have counted, and the state that counts from zero again."""
+    return state.loads.sum(axis=0), state._replace(loads=jnp.zeros_like(state.loads))
 
 
-@jax.jit
-def read_page(cache: PagedCache, page: Int[Array, ""]) -> dict[str, Array]:
-    """Return what is on a page."""
-    return {name: array[:, page] for name, array in cache.arrays.items()}
+@functools.partial(jax.jit, static_argnames="runtime", donate_argnames="state")
+def mark_seen(
+    state: State, group: Int[Array, ""], slot: Int[Array, ""], tokens: Bool[Array, " V"], *, runtime: Machine
+) -> State:
+    """Return the state in which a slot of a group has seen just these tokens."""
+
+    def mark(state: State, group: Array, slot: Array, tokens: Array) -> State:
+        at = jnp.where(runtime.is_of(group), slot, len(state.seen))
+        return state._replace(seen=state.seen.at[at].set(tokens, mode="drop"))
+
+    return _on_groups(mark, state, state.spec, runtime)(state, group, slot, tokens)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def write_page(state: State, page: Int[Array, ""], contents: dict[str, Array]) -> State:
-    """Return the state with other contents of a page."""
-    arrays = {name: array.at[:, page].set(contents[name]) for name, array in state.cache.arrays.items()}
-    return state._replace(cache=PagedCache(arrays))
+@functools.partial(jax.jit, static_argnames="runtime")
+def read_page(
+    state: State, group: Int[Array, ""], page: Int[Array, ""], *, runtime: Machine
+) -> dict[str, Shaped[Array, "L ..."]]:
+    """Return what is on a page of a group."""
+
+    def read(state: State, group: Array, page: Array) -> dict[str, Array]:
+        pages = {name: array[:, page] for name, array in state.cache.arrays.items()}
+        return jax.tree.map(lambda found: lax.all_gather(found, GROUPS)[group], pages) if runtime.is_divided else pages
+
+    return _on_groups(read, state, PartitionSpec(), runtime)(state, group, page)
 
 
-@full_precision()
-def extend(
-    params: PyTree,
-    biases: PyTree,
-    cache: PagedCache,
-    batch: Batch,
-    tokens: Int[Array, "B N"],
-    counts: Int[Array, " B"],
+@functools.partial(jax.jit, static_argnames="runtime", donate_argnames="state")
+def write_page(
+    state: State,
+    group: Int[Array, ""],
+    page: Int[Array, ""],
+    contents: dict[str, Shaped[Array, "L ..."]],
     *,
-    config: ModelConfig,
-    runtime: Runtime,
-    expanded: bool | None = None,
-) -> tuple[Float[Array, "B N D"], PagedCache]:
-    """Run new tokens behind those in the cache; return their states after the final norm, and the longer cache.
+    runtime: Machine,
+) -> State:
+    """Return the state with other contents of a page of a group."""
 
-    Args:
-        params: stacked, weights in the compute format.
-        biases: router biases, stacked.
-        tokens: the next tokens of each sequence, padded to one length.
-        counts: how many of them are real; states of the others mean nothing.
-        expanded: whether attention expands keys and values; by default where that is less work.
-    """
-    index = jnp.arange(tokens.shape[1])
-    ctx = Context(*rotation(config, batch.lengths[:, None] + index))
-    expanded = is_expansion_cheaper(config, tokens.shape[1]) if expanded is None else expanded
-    form = _expanded if expanded else _absorbed
+    def put(state: State, group: Array, page: Array, contents: dict[str, Array]) -> State:
+        at = jnp.where(runtime.is_of(group), page, state.cache.pages)
+        arrays = {name: array.at[:, at].set(contents[name], mode="drop") for name, array in state.cache.arrays.items()}
+        return state._replace(cache=PagedCache(arrays))
 
-    def attend(
-        x: Float[Array, "B N D"], params: PyTree, layer: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N W"]]:
-        normalized = rms_norm(x, params["attention_norm"], config.rms_norm_eps)
-        new = jnp.concatenate(latents(params["attention"], normalized, ctx, config=config), axis=-1)
-        return x + form(params["attention"], normalized, new, cache, layer, batch, ctx, config), new
-
-    x, new = params["embed"][tokens], []
-    dense, sparse = config.first_k_dense_replace, config.num_hidden_layers - config.first_k_dense_replace
-    for i in range(dense):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["dense"])
-        x, entries = attend(x, layer, i)
-        x += feed_forward(layer["ffn"], rms_norm(x, layer["ffn_norm"], config.rms_norm_eps))
-        new.append(entries[None])
-
-    if sparse:
-        layers, shared = params["moe"], {}
-        in_row = runtime.exchange is None and are_few(tokens.size, config.num_experts_per_tok, config.n_routed_experts)
-        if in_row:
-            layers, row = apart(layers)
-            shared = {"experts": row}
-
-        def moe_layer(x: Array, scanned: tuple[PyTree, PyTree, Array]) -> tuple[Array, Array]:
-            layer, bias, i = scanned
-            x, entries = attend(x, layer, dense + i)
-            normalized = rms_norm(x, layer["ffn_norm"], config.rms_norm_eps)
-            machine = replace(runtime, exchange=exchange_within_row(i, sparse)) if in_row else runtime
-            layer_ctx = ctx.for_layer(bias["moe"]["bias"] if bias else None)
-            y, _ = moe(layer["moe"] | shared, normalized, layer_ctx, config=config, runtime=machine)
-            return x + y, entries
-
-        x, entries = jax.lax.scan(moe_layer, x, (layers, biases.get("moe", {}), jnp.arange(sparse)))
-        new.append(entries)
-    longer = write(cache, jnp.concatenate(new), batch.tables, batch.lengths, counts)
-    return rms_norm(x, params["norm"], config.rms_norm_eps), longer
+    return _on_groups(put, state, state.spec, runtime)(state, group, page, contents)
 
 
-def _absorbed(params, x, new, cache, layer, batch, ctx, config):
-    memory = read(cache, layer, batch.tables, batch.lengths, x.dtype)
-    index, places = jnp.arange(x.shape[1]), jnp.arange(memory.shape[1])
-    known = jnp.broadcast_to(places < batch.lengths[:, None, None], (*x.shape[:2], memory.shape[1]))
-    pieces = [(memory, known), (new, (index <= index[:, None])[None])]
-    return absorbed_attention(params, x, pieces, ctx, config=config)
+def _on_groups(function: Callable[..., Any], state: State, result: Any, machine: Machine) -> Callable[..., Any]:
+    """Return a function of a state and of what is the same on all devices, on every device of a unit."""
+    if not machine.is_divided:
+        return function
 
+    def mapped(state: State, *rest: PyTree) -> Any:
+        specs = (state.spec, *[PartitionSpec()] * len(rest))
+        return jax.shard_map(function, mesh=machine.mesh, in_specs=specs, out_specs=result, check_vma=False)(
+            state, *rest
+        )
 
-def _expanded(params, x, new, cache, layer, batch, ctx, config):
-    pages = min(max(1, BLOCK // cache.page_size), batch.tables.shape[1])
-    blocks = -(-batch.tables.shape[1] // pages)
-    tables = jnp.pad(batch.tables, ((0, 0), (0, blocks * pages - batch.tables.shape[1])))
-
-    def block(i: Int[Array, ""]) -> tuple[Float[Array, "B S W"], Bool[Array, "B S"]]:
-        first = i * pages * cache.page_size
-        part = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, axis=1)
-        known = first + jnp.arange(pages * cache.page_size) < batch.lengths[:, None]
-        return read(cache, layer, part, batch.lengths, x.dtype, first), known
-
-    return expanded_attention(params, x, new, block, blocks, ctx, config=config)
+    return mapped

@@ -164,6 +164,19 @@ class Rebalancer:
             self._steps = 0
         return experts
 
+    def warm_up(self, experts: PyTree[Shaped[Array, "L R ..."]]) -> PyTree[Shaped[Array, "L R ..."]]:
+        """Compile what moves experts, by a move of none, and return the weights.
+
+        Args:
+            experts: of all slots; given away.
+        """
+        devices, held = self._placement.devices, self._held[0]
+        nothing = np.zeros(devices, np.int32)
+        self._migrator.bring(experts, 0, Piece(nothing, nothing + devices, nothing))
+        tables = Tables(*(table[0] for table in tables_of(self.placement, self._most)))
+        experts, self.tables = self._migrator.settle(experts, self.tables, 0, np.arange(len(held)), tables)
+        return experts
+
     def close(self) -> None:
         """Stop the planning thread."""
         self._planner.shutdown(cancel_futures=True)

@@ -104,12 +104,7 @@ def draw(
         seen: gives the tokens that repetition penalties are for; only read where there is one.
         first: which tokens may be chosen; by default all.
     """
-
-    def penalized() -> Float[Array, "B V"]:
-        penalty = choice.repetition_penalty[:, None]
-        return jnp.where(seen(), jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-    scores = jax.lax.cond((choice.repetition_penalty != 1).any(), penalized, lambda: logits)
+    scores = penalized(logits, choice, seen)
     tokens = sample(scores if first is None else jnp.where(first, scores, -jnp.inf), choice, positions)
     count = min(MOST_LOGPROBS, logits.shape[1])
 
@@ -123,6 +118,18 @@ def draw(
         return Drawn(tokens, jnp.zeros(len(tokens), jnp.float32), nothing, nothing.astype(jnp.float32))
 
     return jax.lax.cond(choice.logprobs.any(), told, untold)
+
+
+def penalized(
+    logits: Float[Array, "B V"], choice: Choice, seen: Callable[[], Bool[Array, "B V"]]
+) -> Float[Array, "B V"]:
+    """Return logits after the repetition penalties; `seen` is read where there is one."""
+
+    def lowered() -> Float[Array, "B V"]:
+        penalty = choice.repetition_penalty[:, None]
+        return jnp.where(seen(), jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    return jax.lax.cond((choice.repetition_penalty != 1).any(), lowered, lambda: logits)
 
 
 def sample(logits: Float[Array, "B V"], choice: Choice, positions: Int[Array, " B"]) -> Int[Array, " B"]:

@@ -31,6 +31,9 @@ class EngineSettings:
     """Folder for pages that there is no more room for; empty for none."""
     disk_bytes: int = 10 * 2**30
     """Most bytes of files in it."""
+    speculate: int = 0
+    """Tokens that the model's MTP modules draft per step, for the main model to read at once; 0 for none. Answers stay
+    the same."""
     shortest_table: int = 256
     """Programs are made for tables of pages for so many tokens, four times as many, and so on: a step reads as much
     cache as its longest request's table has room for."""
@@ -44,6 +47,7 @@ class EngineSettings:
             "page_size": 1,
             "cache_bytes": 0,
             "disk_bytes": 0,
+            "speculate": 0,
             "shortest_table": 1,
         }
         for name, low in lowest.items():

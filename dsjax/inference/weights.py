@@ -1,13 +1,14 @@
 """Weights as the programs of inference read them: in their format, experts in their slots, each where its device is."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int32, PyTree
 
 from dsjax.config import ModelConfig
 from dsjax.inference.layout import Layout
-from dsjax.inference.replicas import in_slots, loads_with_shared, shared_as_routed
+from dsjax.inference.replicas import Tables, in_slots, loads_with_shared, shared_as_routed, tables_of
 from dsjax.model.layers import cast_weights
 from dsjax.numerics.weights import Fp8Weight, quantize_weights
 from dsjax.parallel.placement import Placement, plan_placement
@@ -15,8 +16,10 @@ from dsjax.runtime import DEEPSEEK
 
 
 def first_placement(config: ModelConfig, layout: Layout) -> Placement:
-    """Return where experts are before loads are known: what is best if all are chosen alike."""
-    layers, slots = moe_layers(config), layout.total_slots(config)
+    """Return where experts are before loads are known, in MoE layers and MTP modules: what is best if all are chosen
+    alike."""
+    layers = moe_layers(config) + config.num_nextn_predict_layers
+    slots = layout.total_slots(config)
     if layout.is_plain(config):
         held = np.broadcast_to(np.arange(slots), (layers, slots))
         return Placement(held, slots, layout.devices, layout.node)
@@ -36,24 +39,33 @@ def moe_layers(config: ModelConfig) -> int:
 def arranged(
     params: PyTree, config: ModelConfig, layout: Layout, held: Int32[np.ndarray, "L R"], dtype: DTypeLike, *, fp8: bool
 ) -> PyTree:
-    """Return the weights that programs read.
+    """Return the weights that programs read; with tables of who is where, in layers whose experts have several slots.
 
     Args:
         params: stacked.
-        held: the expert of each slot.
+        held: the expert of each slot, in MoE layers and then in MTP modules.
         dtype: of what is not in FP8.
         fp8: whether products are; attention's up-projection of latents is not, which the absorbed form takes apart.
     """
     params = cast_weights(params, dtype)
     if fp8:
         params = _quantized(params)
-    if "moe" not in params or layout.is_plain(config):
+    if layout.is_plain(config):
         return params
-    network = params["moe"]["moe"]
-    if layout.shared_as_routed:
-        network = shared_as_routed(network, config)
+    layers = moe_layers(config)
+    if "moe" in params:
+        params = params | {"moe": _in_slots(params["moe"], config, layout, held[:layers])}
+    if "mtp" in params:
+        block = _in_slots(params["mtp"]["block"], config, layout, held[layers:])
+        params = params | {"mtp": params["mtp"] | {"block": block}}
+    return params
+
+
+def _in_slots(layers: PyTree, config: ModelConfig, layout: Layout, held: Int32[np.ndarray, "L R"]) -> PyTree:
+    network = shared_as_routed(layers["moe"], config) if layout.shared_as_routed else layers["moe"]
     network = network | {"experts": in_slots(network["experts"], held)}
-    return params | {"moe": params["moe"] | {"moe": network}}
+    tables = tables_of(Placement(held, layout.experts(config), layout.devices, layout.node))
+    return layers | {"moe": network, "tables": Tables(*map(jnp.asarray, tables))}
 
 
 def _quantized(params: PyTree) -> PyTree:

@@ -47,8 +47,9 @@ def attention(
     params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig, runtime: Runtime
 ) -> Float[Array, "B S D"]:
     """Return causal attention over each sequence of normalized hidden states."""
-    q_nope, q_rope = queries(params, x, ctx, config=config)
-    latent, k_rope = latents(params, x, ctx, config=config)
+    to_queries, to_latents = compressed(params, x, config=config)
+    q_nope, q_rope = queries(params, to_queries, ctx, config=config)
+    latent, k_rope = latents(params, to_latents, ctx, config=config)
     k_nope, v = keys_and_values(params, latent, config=config)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
     q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
@@ -84,26 +85,34 @@ def _attend_and_project_backward(scale, residuals, dy):
 _attended_and_projected.defvjp(_attend_and_project, _attend_and_project_backward)
 
 
+def compressed(
+    params: PyTree, x: Float[Array, "*batch D"], *, config: ModelConfig
+) -> tuple[Float[Array, "*batch Q"], Float[Array, "*batch W"]]:
+    """Return what queries, and what keys and values are made of, few values of each token whatever the heads: the
+    normalized latent of the queries, or the states where there is none, and the others' latent with the shared key."""
+    to_latents = checkpoint_name(linear(x, params["kv_a"]), "latent")
+    if not config.q_lora_rank:
+        return x, to_latents
+    to_queries = checkpoint_name(linear(x, params["q_a"]), "latent")
+    return rms_norm(to_queries, params["q_norm"], config.rms_norm_eps), to_latents
+
+
 def queries(
-    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig
+    params: PyTree, to_queries: Float[Array, "B S Q"], ctx: Context, *, config: ModelConfig
 ) -> tuple[Float[Array, "B S H nope"], Float[Array, "B S H rope"]]:
-    """Return every head's query, its part without position and its turned part."""
-    if config.q_lora_rank:
-        compressed = checkpoint_name(linear(x, params["q_a"]), "latent")
-        q = linear(rms_norm(compressed, params["q_norm"], config.rms_norm_eps), params["q_b"])
-    else:
-        q = linear(x, params["q"])
-    q = q.reshape(*x.shape[:2], config.num_attention_heads, -1)
+    """Return every head's query, its part without position and its turned part, of what `compressed` gives for them."""
+    q = linear(to_queries, params["q_b" if config.q_lora_rank else "q"])
+    q = q.reshape(*to_queries.shape[:2], config.num_attention_heads, -1)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, rotate(q_rope, ctx.cos, ctx.sin)
 
 
 def latents(
-    params: PyTree, x: Float[Array, "B S D"], ctx: Context, *, config: ModelConfig
+    params: PyTree, to_latents: Float[Array, "B S W"], ctx: Context, *, config: ModelConfig
 ) -> tuple[Float[Array, "B S kv"], Float[Array, "B S rope"]]:
-    """Return what a cache keeps of each token: the normalized latent and the turned shared key (576 values in V3)."""
-    compressed = checkpoint_name(linear(x, params["kv_a"]), "latent")
-    latent, k_rope = jnp.split(compressed, [config.kv_lora_rank], axis=-1)
+    """Return what a cache keeps of each token, of what `compressed` gives for it: the normalized latent and the turned
+    shared key (576 values in V3)."""
+    latent, k_rope = jnp.split(to_latents, [config.kv_lora_rank], axis=-1)
     k_rope = rotate(k_rope[:, :, None], ctx.cos, ctx.sin)[:, :, 0]
     return rms_norm(latent, params["kv_norm"], config.rms_norm_eps), k_rope
 
@@ -119,23 +128,24 @@ def keys_and_values(
 
 def absorbed_attention(
     params: PyTree,
-    x: Float[Array, "B Q D"],
-    memory: Sequence[tuple[Float[Array, "B _ W"], Bool[Array, "#B Q _"]]],
+    to_queries: Float[Array, "B N Q"],
+    memory: Sequence[tuple[Float[Array, "B _ W"], Bool[Array, "#B N _"]]],
     ctx: Context,
     *,
     config: ModelConfig,
-) -> Float[Array, "B Q D"]:
+) -> Float[Array, "B N D"]:
     """Return attention of new tokens over latents, without expanding keys and values.
 
     The up-projection of the keys is applied to the query, that of the values to the result (DeepSeek-V2 report,
     section 2.1.2), so a token of memory costs `kv_lora_rank + qk_rope_head_dim` values per product whatever the heads.
 
     Args:
+        to_queries: what `compressed` gives for queries, of the new tokens.
         memory: pieces of what there is to attend to, which need not lie together: `latents` of tokens side by side,
             and which of them each new token may see; at least one in all.
     """
-    q_nope, q_rope = queries(params, x, ctx, config=config)
-    up = params["kv_b"].astype(x.dtype).reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+    q_nope, q_rope = queries(params, to_queries, ctx, config=config)
+    up = params["kv_b"].astype(to_queries.dtype).reshape(config.num_attention_heads, -1, config.kv_lora_rank)
     k_up, v_up = jnp.split(up, [config.qk_nope_head_dim], axis=1)
     query = jnp.concatenate([jnp.einsum("bqhn,hnc->bqhc", q_nope, k_up), q_rope], -1)
 
@@ -143,10 +153,11 @@ def absorbed_attention(
         products = jnp.einsum("bqhw,bsw->bhqs", query, piece, preferred_element_type=jnp.float32)
         return jnp.where(visible[:, None], products * softmax_scale(config), -jnp.inf)
 
-    probabilities = nnx.softmax(jnp.concatenate([scores(*piece) for piece in memory], -1), axis=-1).astype(x.dtype)
+    every = jnp.concatenate([scores(*piece) for piece in memory], -1)
+    probabilities = nnx.softmax(every, axis=-1).astype(to_queries.dtype)
     ends = list(accumulate(piece.shape[1] for piece, _ in memory))
     shares = jnp.split(probabilities, ends[:-1], axis=-1)
     # The turned keys are summed along, and then cut off: to cut them off before would copy the memory.
     attended = sum(jnp.einsum("bhqs,bsw->bqhw", p, piece) for p, (piece, _) in zip(shares, memory, strict=True))
     out = jnp.einsum("bqhc,hvc->bqhv", attended[..., : config.kv_lora_rank], v_up)
-    return linear(out.reshape(*x.shape[:2], -1), params["o"])
+    return linear(out.reshape(*out.shape[:2], -1), params["o"])

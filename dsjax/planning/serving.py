@@ -94,7 +94,7 @@ def weight_bytes(deployment: Deployment) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         names = [getattr(key, "key", "") for key in path]
         kind = "experts" if "experts" in names else "attention" if "attention" in names else "other weights"
-        parts = _parts(weight_spec(path, leaf.ndim), layout)
+        parts = _parts(weight_spec(path), layout)
         found[kind] += leaf.size * leaf.dtype.itemsize // parts
     return found
 

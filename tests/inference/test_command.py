@@ -44,6 +44,19 @@ def test_seeds_and_settings(generated):
     assert text("--ema") != text()
 
 
+def test_speculation_changes_the_speed_alone(generated, run, tmp_path, capsys):
+    plain, found = (generated("--prompt", "def ", "--max-tokens=20", *argv) for argv in ((), ("--speculate", "2")))
+    assert found.out == plain.out
+    assert re.search(r"20 tokens in .* tokens/s, \d+% of \d+ drafts accepted", found.err), found.err
+    assert "drafts" not in plain.err
+    without = shutil.copytree(run, tmp_path / "without")
+    text = (without / "config.toml").read_text()
+    (without / "config.toml").write_text(text.replace("num_nextn_predict_layers = 1", "num_nextn_predict_layers = 0"))
+    with pytest.raises(SystemExit):
+        main([str(without), "--speculate", "1"])
+    assert "speculate = 1: must be 0, because the model has no MTP modules" in capsys.readouterr().err
+
+
 def test_an_empty_prompt_begins_a_document(generated):
     assert generated("--max-tokens", "5").out.endswith("\n")
 
@@ -67,6 +80,7 @@ def test_a_longer_context_is_possible(generated):
         (["--top-k", "-2"], "top_k = -2: must be at least 0"),
         (["--seed", "-1"], "seed = -1: must be at least 0"),
         (["--max-tokens", "0"], "max_tokens = 0: must be at least 1"),
+        (["--speculate", "-1"], "speculate = -1: must be at least 0"),
         (["--max-tokens", "many"], "max_tokens = 'many': must be an integer"),
         (["--topp", "0.5"], "unknown option --topp; did you mean --top-p"),
         (["more"], "unexpected argument 'more'"),

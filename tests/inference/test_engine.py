@@ -2,13 +2,12 @@
 
 import random
 import threading
-from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from engines import GREEDY, MIX, SETTINGS, answered, compilations, ending, ids_of, prompt
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.load import Model
@@ -19,17 +18,8 @@ from dsjax.model.context import context
 from dsjax.model.transformer import hidden_states, logits
 from dsjax.runtime import Runtime
 
-GREEDY = Sampling(temperature=0.0)
-SETTINGS = EngineSettings(slots=4, page_size=4, prefill_tokens=16)
 PAGE_BYTES = 4 * 4 * 18 * 4
 """Of the small model: layers, tokens, values, bytes of a value."""
-
-
-def ending(tokenizer, eos):
-    """A tokenizer with another token at the end of documents."""
-    tokenizer = copy(tokenizer)
-    tokenizer.eos = eos
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,37 +62,10 @@ def likeliest(full):
     return continuation
 
 
-def prompt(length, seed=3):
-    return [(7 * i * i + seed) % 320 for i in range(length)]
-
-
-def ids_of(request):
-    return [token.id for token in request.tokens]
-
-
-def answered(engine, *requests):
-    """The tokens of each, when all are done."""
-    engine.run()
-    assert engine.pages_held == 0
-    assert all(request.finish for request in requests)
-    return [ids_of(request) for request in requests]
-
-
 def alone(model, *args, settings=SETTINGS, **kwargs):
     """The tokens of a request that nobody else is beside."""
     engine = Engine(model, settings)
     return answered(engine, engine.submit(*args, **kwargs))[0]
-
-
-MIX = [
-    (prompt(1), GREEDY, 20),
-    (prompt(16), Sampling(seed=1), 12),
-    (prompt(30), Sampling(seed=1, temperature=0.7, top_p=0.8), 25),
-    (prompt(37, 5), GREEDY, 8),
-    (prompt(5, 9), Sampling(seed=4, top_k=5, repetition_penalty=1.3), 1),
-    (prompt(16), Sampling(seed=2, repetition_penalty=1.5, logprobs=3), 30),
-    (prompt(30), GREEDY, 9),
-]
 
 
 @pytest.fixture(scope="module")
@@ -264,20 +227,6 @@ def test_whatever_comes_and_goes_ends_and_leaves_nothing(model, seed):
         assert (request.finish == "length") == (len(request.tokens) == request.max_tokens)
         again = alone(model, request.prompt, GREEDY, max_tokens=request.max_tokens)
         assert ids_of(request) == again[: len(request.tokens)]
-
-
-@contextmanager
-def compilations():
-    """Counts the programs that XLA compiles inside, of whatever function."""
-    found, active = [], True
-
-    def listener(event, *_, **__):
-        if active and event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield found
-    active = False
 
 
 @pytest.mark.parametrize("committed", [False, True])

@@ -35,6 +35,32 @@ def test_a_run(run, small, random_parameters, tokenizer, ema):
     assert "step 2 of" in model.origin and ("averaged" in model.origin) == ema
 
 
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_with_its_modules(run, small, random_parameters, ema):
+    model, config = load_model(run, ema=ema, mtp=True), replace(small, num_nextn_predict_layers=1)
+    params, biases = random_parameters(config, 2)
+    assert model.config == config
+    assert_trees_equal(model.params, jax.tree.map(lambda leaf: leaf * 0.5, params) if ema else params)
+    assert_trees_equal(model.biases, biases)
+    without, plain = model.with_modules(0), load_model(run, ema=ema)
+    assert without.config == plain.config
+    assert_trees_equal((without.params, without.biases), (plain.params, plain.biases))
+
+
+def test_released_weights_with_modules(tmp_path, small, random_parameters, tokenizer):
+    config = replace(small, num_nextn_predict_layers=2)
+    params, biases = random_parameters(config)
+    save_huggingface(tmp_path / "weights", config, unstack(params, config), unstack(biases, config), "fp32")
+    tokenizer.save(tmp_path / "weights" / "tokenizer.json")
+    model = load_model(tmp_path / "weights", mtp=True)
+    assert_trees_equal((model.params, model.biases), (params, biases))
+    first, plain = model.with_modules(1), load_model(tmp_path / "weights")
+    assert_trees_equal(first.params["mtp"], jax.tree.map(lambda leaf: leaf[:1], params["mtp"]))
+    assert first.config.num_nextn_predict_layers == 1
+    assert "mtp" not in plain.params
+    assert plain.config.num_nextn_predict_layers == 0
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, caplog):
     # All files, because arrays that generating does not need may lie in any one, differently from save to save.
     for victim in (copy / "checkpoints" / "2").rglob("d/*"):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.inference.cache import empty_cache
-from dsjax.inference.programs import Batch, State, decode, extend, prefill
+from dsjax.inference.cache import empty_cache, write
+from dsjax.inference.forward import Batch, forward
+from dsjax.inference.machine import Machine
+from dsjax.inference.programs import State, decode, prefill
 from dsjax.inference.sampling import Sampling, choice
 from dsjax.model.layers import cast_weights
 from dsjax.model.layout import stack
 from dsjax.model.transformer import Transformer, abstract_parameters, logits, split
-from dsjax.runtime import Runtime
 
 BATCH, LENGTH = 2, 21
 PAGE, TABLE = 4, 8
@@ -29,11 +30,17 @@ def batch_of(count, lengths, pages=64, seed=0):
     return Batch(jnp.arange(count), jnp.asarray(tables), jnp.asarray(lengths, jnp.int32), choice([GREEDY] * count))
 
 
+def extend(params, biases, cache, batch, tokens, counts, **how):
+    """States behind new tokens, and the cache with them."""
+    read = forward(params, biases, cache, batch, tokens, counts, **how)
+    return read.hidden, write(cache, read.entries, batch.tables, batch.lengths, counts)
+
+
 class Reader:
     """Reads tokens piece by piece and keeps the logits of every position."""
 
     def __init__(self, config, params, biases, batch, runtime=None, cache_format="compute", pages=64, seed=0):
-        runtime = runtime or Runtime()
+        runtime = runtime or Machine()
         self.programs = {
             form: jax.jit(partial(extend, config=config, runtime=runtime, expanded=form)) for form in (False, True)
         }
@@ -79,7 +86,7 @@ def some_tokens(batch=BATCH, length=LENGTH):
 
 
 def test_cached_logits_equal_the_full_forward(variant, monkeypatch):
-    monkeypatch.setattr("dsjax.inference.programs.BLOCK", 2 * PAGE)  # the memory is several blocks
+    monkeypatch.setattr("dsjax.inference.forward.BLOCK", 2 * PAGE)  # the memory is several blocks
     full, params, biases = make(variant)
     tokens = some_tokens()
     expected = full(tokens)
@@ -165,7 +172,7 @@ def state_of(config, pages=64, slots=3):
 def test_decode_continues_prefill_with_the_likeliest_token(small, model):
     full, params, biases = model
     text = jnp.zeros((1, 12), int).at[:, :5].set(some_tokens(1, 5))
-    shared = {"config": small, "runtime": Runtime()}
+    shared = {"config": small, "runtime": Machine()}
     everything, batch = jnp.ones((1, small.vocab_size), bool), batch_of(1, [0])
     state = state_of(small)
     five, last = jnp.array([5]), jnp.array([True])
@@ -182,15 +189,15 @@ def test_decode_continues_prefill_with_the_likeliest_token(small, model):
 def test_decode_is_compiled_once_and_writes_in_place(small, model):
     _, params, biases = model
     state, batch = state_of(small, pages=65), batch_of(1, [0], pages=65)
-    compiled = decode._cache_size()
+    compiled = decode.alone._cache_size()
     for step in range(12):
         how = {"temperature": step / 4, "top_p": 1 - step / 20, "top_k": step, "seed": step}
         how |= {"repetition_penalty": 1 + step / 10, "logprobs": step if step % 2 else None}
         batch = batch._replace(choice=jax.tree.map(jnp.asarray, choice([Sampling(**how)])))
         given = state.cache.arrays["entries"]
-        _, state, batch = decode(params, biases, state, batch, config=small, runtime=Runtime())
+        _, state, batch = decode(params, biases, state, batch, config=small, runtime=Machine())
         assert given.is_deleted()
-    assert decode._cache_size() == compiled + 1
+    assert decode.alone._cache_size() == compiled + 1
 
 
 def test_a_step_touches_the_pages_of_its_requests_only(small, model):
@@ -200,7 +207,7 @@ def test_a_step_touches_the_pages_of_its_requests_only(small, model):
     def compiled(pages):
         batch = batch_of(2, [0, 0])
         shapes = jax.eval_shape(lambda: state_of(small, pages))
-        return decode.lower(params, biases, shapes, batch, config=small, runtime=Runtime()).compile()
+        return decode.alone.lower(params, biases, shapes, batch, config=small, runtime=Machine()).compile()
 
     few, many = compiled(64), compiled(64_000)
     assert few.memory_analysis().temp_size_in_bytes == many.memory_analysis().temp_size_in_bytes
@@ -211,7 +218,7 @@ def test_programs_do_not_grow_with_depth(small):
     def lines(layers):
         config = replace(small, num_hidden_layers=layers)
         params = [stack(tree, config) for tree in abstract_parameters(config)]
-        program = partial(decode, config=config, runtime=Runtime())
+        program = partial(decode, config=config, runtime=Machine())
         return str(jax.make_jaxpr(program)(*params, state_of(config), batch_of(1, [0]))).count("\n")
 
     assert lines(40) == lines(4)
@@ -220,7 +227,7 @@ def test_programs_do_not_grow_with_depth(small):
 def test_bfloat16(small, model):
     full, params, biases = model
     tokens = some_tokens()
-    reader = Reader(small, cast_weights(params, jnp.bfloat16), biases, BATCH, Runtime(jnp.bfloat16))
+    reader = Reader(small, cast_weights(params, jnp.bfloat16), biases, BATCH, Machine(jnp.bfloat16))
     found, expected = reader.read(tokens), full(tokens)
     assert reader.cache.arrays["entries"].dtype == jnp.bfloat16
     # A router may choose another expert for a few of the tokens.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,19 +16,6 @@ jitted = jax.jit(allowed)
 
 def scores(batch=1, vocab=VOCAB, seed=0):
     return jax.random.normal(jax.random.key(seed), (batch, vocab)) * 2
-
-
-def reference(logits, temperature, top_p, top_k):
-    """The distribution that a request asks for, in float64 and by sorting."""
-    logits = np.asarray(logits, np.float64) / temperature
-    if top_k:
-        logits = np.where(logits >= np.sort(logits)[-min(top_k, len(logits))], logits, -np.inf)
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    enough = int(np.searchsorted(np.cumsum(p[order]), top_p)) if top_p < 1 else len(p) - 1
-    p = np.where(p >= p[order[enough]], p, 0)
-    return p / p.sum()
 
 
 def test_temperature_0_takes_the_likeliest():

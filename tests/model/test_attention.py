@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsjax.config import YarnConfig
-from dsjax.model.attention import Attention, absorbed_attention, attention, latents
+from dsjax.model.attention import Attention, absorbed_attention, attention, compressed, latents
 from dsjax.model.context import context
 from dsjax.model.transformer import split
 from dsjax.runtime import Runtime
@@ -32,10 +32,11 @@ def test_absorbed_equals_expanded(small, variant):
     def both(params, x):
         ctx = context(config, 24)
         visible = jnp.tril(jnp.ones((1, 24, 24), bool))
-        memory = jnp.concatenate(latents(params, x, ctx, config=config), -1)
+        to_queries, to_latents = compressed(params, x, config=config)
+        memory = jnp.concatenate(latents(params, to_latents, ctx, config=config), -1)
         pieces = [(memory[:, :9], visible[..., :9]), (memory[:, 9:], visible[..., 9:])]
         expanded = attention(params, x, ctx, config=config, runtime=Runtime())
-        return expanded, absorbed_attention(params, x, pieces, ctx, config=config), memory
+        return expanded, absorbed_attention(params, to_queries, pieces, ctx, config=config), memory
 
     expanded, absorbed, memory = both(params, x)
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5 * float(jnp.abs(expanded).max()))

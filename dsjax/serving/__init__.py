@@ -1,0 +1,1 @@
+"""The server: an engine that other people's clients can talk to over HTTP."""

@@ -1,0 +1,159 @@
+"""A server's life: it listens, compiles, serves, drains and ends."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from dsjax.inference.engine import Engine
+from dsjax.inference.load import load_model
+from dsjax.inference.settings import EngineSettings
+from dsjax.serving.app import make_app
+from dsjax.serving.chat import ChatTemplate
+from dsjax.serving.service import Service
+from dsjax.serving.settings import ServerSettings
+
+LINGER = 5
+"""Seconds for the last bytes of responses, when all answers have ended."""
+
+
+def serve(path: str, engine_settings: EngineSettings, settings: ServerSettings, *, ema: bool = False) -> int:
+    """Serve a model until SIGTERM or Ctrl-C; return the command's exit status.
+
+    Args:
+        path: folder of a run, or of weights.
+        engine_settings: of the engine.
+        settings: of the server.
+        ema: whether to take the moving average of a run's weights.
+
+    Raises:
+        ValueError: a model or settings that cannot be used.
+        OSError: an address at which it cannot listen.
+    """
+    with listening(settings.host, settings.port) as sock:
+        key = settings.api_key or os.environ.get("DSJAX_API_KEY", "")
+        if not key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+            _say(f"warning: everybody who reaches {settings.host} may use this server; give it an --api-key")
+        model = load_model(path, ema=ema, mtp=engine_settings.speculate > 0)
+        template = ChatTemplate.load(Path(path), model.tokenizer, model.opening)
+        _say(f"{model.origin}; chat template: {template.origin}")
+        engine = Engine(model, engine_settings)
+        name = settings.name or Path(path).resolve().name
+        host, port = sock.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+        def ready() -> None:
+            _say(f"{name} is served at {address}")
+
+        return asyncio.run(HttpServer(engine, template, settings, name, key, on_ready=ready).run(sock))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket that has the address; the address is taken before a model is loaded for it.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    return sock
+
+
+class HttpServer:
+    """One engine behind one address."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        template: ChatTemplate,
+        settings: ServerSettings,
+        name: str,
+        key: str,
+        *,
+        on_ready: Callable[[], None],
+    ):
+        """Describes a server; `run` runs it.
+
+        Args:
+            engine: that nobody else uses.
+            template: for conversations.
+            settings: limits among them.
+            name: of the model.
+            key: that clients have to send; empty for none.
+            on_ready: called when requests are taken.
+        """
+        self._engine, self._template, self._settings, self._name, self._key = engine, template, settings, name, key
+        self._on_ready, self._asked = on_ready, 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask it to end; from any thread, or a signal. Asked twice, it gives running requests no more time."""
+        self._asked += 1
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._end.set)
+
+    async def run(self, sock: socket.socket) -> int:
+        """Serve until asked to end, or until the engine fails; return an exit status."""
+        self._loop = asyncio.get_running_loop()
+        service = Service(
+            self._engine, self._template, self._settings, self._name, on_ready=self._on_ready, on_failure=self._end.set
+        )
+        config = uvicorn.Config(
+            make_app(service, self._key),
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=LINGER,
+        )
+        server = _Uvicorn(config, self._on_signal)
+        service.thread.start()
+        serving, end = asyncio.create_task(server.serve([sock])), asyncio.create_task(self._end.wait())
+        await asyncio.wait((serving, end), return_when=asyncio.FIRST_COMPLETED)
+        await self._drain(service)
+        server.should_exit = True
+        await serving
+        await asyncio.to_thread(service.close)
+        if service.thread.failure:
+            _say(service.unready)
+        return 1 if service.thread.failure else 0
+
+    async def _drain(self, service: Service) -> None:
+        """Wait for the answers that are under way, and end them when it takes too long."""
+        service.refuse()
+        patience = self._loop.time() + self._settings.grace
+        while service.open and not service.thread.failure:
+            if self._asked > 1 or self._loop.time() >= patience:
+                service.thread.cancel_all()
+            await asyncio.sleep(0.02)
+
+    def _on_signal(self) -> None:
+        self.stop()
+        if self._asked > 2:  # the device may never come back
+            os._exit(1)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to somebody else."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]):
+        super().__init__(config)
+        self._on_signal = on_signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_signal()
+
+
+def _say(text: str) -> None:
+    print(f"dsjax: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,141 @@
+"""Engines on units of several devices, beside one on a single device."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from engines import MIX, SETTINGS, answered, compilations, ids_of, prompt
+
+from dsjax.inference import passes
+from dsjax.inference.engine import Engine
+from dsjax.inference.layout import Layout
+from dsjax.inference.load import Model
+from dsjax.inference.sampling import Sampling
+from dsjax.runtime import Runtime
+
+UNIT = replace(SETTINGS, slots=8, context=96, shortest_table=96)
+PREFILL = Layout(node=2, data=2, tensor=2, slots=2, micro_batches=2)
+DECODE = Layout(node=4, tensor=2, slots=2, shared_as_routed=True, replicas="balanced", micro_batches=2)
+LAYOUTS = {
+    "groups of one": (Layout(node=2, data=4), 0),
+    "one group": (Layout(tensor=4), 0),
+    "one group, speculating": (Layout(tensor=4), 1),
+    "prefill, scaled down": (PREFILL, 0),
+    "decode, scaled down": (DECODE, 0),
+    "decode, scaled down, speculating": (DECODE, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def model(small, random_parameters, tokenizer):
+    config = replace(small, num_nextn_predict_layers=1)
+    params, biases = random_parameters(config)
+    return Model(config, Runtime(), params, biases, tokenizer, opening=0, context=96, origin="")
+
+
+def submitted(engine):
+    return [engine.submit(ids, how, max_tokens=count, stop_ids=[]) for ids, how, count in MIX]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    engine = Engine(model, UNIT)
+    return answered(engine, *submitted(engine))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "decode, scaled down" else pytest.mark.slow) for name in LAYOUTS],
+)
+def test_answers_are_those_of_one_device(model, alone, name):
+    """In float32, whatever is sampled, and when requests come; with two micro-batches, replicas, speculation."""
+    layout, speculate = LAYOUTS[name]
+    engine = Engine(model.on_unit(layout), replace(UNIT, speculate=speculate))
+    early = submitted(engine)
+    engine.step()
+    assert answered(engine, *early, *submitted(engine)) == [*alone, *alone]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", ["even", "balanced"])
+def test_experts_follow_the_loads_while_the_model_answers(model, alone, replicas, monkeypatch):
+    """Answers stay as they are, nothing is compiled, and devices become more equal."""
+    monkeypatch.setattr(passes, "COUNTED_STEPS", 3)
+    layout = replace(DECODE, replicas=replicas, micro_batches=1, rebalance=6)
+    engine = Engine(model.on_unit(layout), UNIT)
+    engine.warm_up()
+    first = engine.rebalancer.placement
+    with compilations() as compiled:
+        for _ in range(3):
+            assert answered(engine, *submitted(engine)) == alone
+    assert not compiled and engine.rebalancer.moved > 0
+    loads = engine.rebalancer.loads.average
+    assert engine.rebalancer.placement.imbalance(loads).mean() < first.imbalance(loads).mean()
+    # The shared expert has as much as all others of a token together; loads of padding are not counted.
+    np.testing.assert_allclose(loads[:, -1], loads[:, :-1].sum(axis=1) / model.config.num_experts_per_tok)
+    engine.close()
+
+
+@pytest.mark.slow
+def test_groups_have_prefixes_of_their_own_and_share_those_on_disk(model, tmp_path):
+    settings = replace(UNIT, slots=4, disk=str(tmp_path))
+    layout, how = Layout(node=4), Sampling(temperature=0.0)
+    engine = Engine(model.on_unit(layout), settings)
+
+    def answer(*numbers):
+        requests = [engine.submit(prompt(33, n), how, max_tokens=4, stop_ids=[]) for n in numbers]
+        engine.run()
+        return requests
+
+    answer(3)
+    (again,) = answer(3)
+    assert again.cached_tokens == 32  # the group that knows most has it, though others are as free
+    both = answer(3, 3)
+    assert sorted(request.cached_tokens for request in both) == [0, 32]
+    engine.close()
+    engine = Engine(model.on_unit(layout), settings)
+    assert [request.cached_tokens for request in answer(3, 3)] == [32, 32]
+    assert ids_of(again) == ids_of(answer(3)[0])
+    assert engine.prefix.found_in_tier >= 64
+
+
+@pytest.mark.slow
+def test_requests_are_preempted_within_their_group(model, alone):
+    """Each group's cache holds less than its requests need at the same time."""
+    pages = 16
+    unit = model.on_unit(Layout(node=2))
+    page_bytes = Engine(unit, UNIT)._passes.page_bytes
+    engine = Engine(unit, replace(UNIT, cache_bytes=pages * page_bytes))
+    requests = [submitted(engine) for _ in range(2)]
+    assert answered(engine, *requests[0], *requests[1]) == [*alone, *alone]
+    assert engine.counts.preemptions > 0
+
+
+def test_what_a_unit_cannot_have(model):
+    with pytest.raises(ValueError, match=r"layout.tensor = 3: must divide model.num_attention_heads = 4"):
+        model.on_unit(Layout(tensor=3))
+    with pytest.raises(ValueError, match=r"engine.slots = 6: must be a multiple of layout.node x layout.data = 4"):
+        Engine(model.on_unit(Layout(node=4)), replace(UNIT, slots=6))
+    with pytest.raises(ValueError, match=r"= 16 x 1 x 1 = 16 devices: there are 8"):
+        model.on_unit(Layout(node=16))
+
+
+def test_a_device_has_its_share_alone(model):
+    """Of experts, heads and the vocabulary; and of the cache that of its group."""
+    unit = model.on_unit(Layout(node=2, tensor=4))
+    weights = unit.params
+    shard = {
+        name: leaf.addressable_shards[0].data.shape
+        for name, leaf in {
+            "experts": weights["moe"]["moe"]["experts"]["down"],
+            "queries": weights["moe"]["attention"]["q_b"],
+            "head": weights["head"],
+            "router": weights["moe"]["moe"]["router"],
+        }.items()
+    }
+    assert shard == {"experts": (3, 1, 32, 16), "queries": (3, 14, 16), "head": (80, 32), "router": (3, 8, 32)}
+    state = Engine(unit, UNIT)._passes._state
+    (entries,) = state.cache.arrays.values()
+    assert entries.addressable_shards[0].data.shape[1] * 2 == entries.shape[1]
+    assert len(jax.devices()) == 8

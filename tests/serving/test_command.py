@@ -1,0 +1,132 @@
+"""`python -m dsjax.serve` as a process: what it says, the key, signals, and what cannot work."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import jax
+import openai
+import pytest
+
+from dsjax.serve import main
+
+HOME = Path(__file__).parents[2]
+OPTIONS = ["--port=0", "--slots=2", "--page-size=8", "--prefill-tokens=64"]
+
+
+@contextmanager
+def served(run, *options, **environment):
+    """Start the command; yield the process, its address, and what it has written to stderr."""
+    command = [sys.executable, "-m", "dsjax.serve", str(run), *OPTIONS, *options]
+    inherited = {name: value for name, value in os.environ.items() if name != "DSJAX_API_KEY"}
+    # As the tests compile, and where they keep it.
+    fast = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=HOME, env=inherited | fast | environment)
+    # A test that waits for a process that says nothing ends too.
+    watch = threading.Timer(300, process.kill)
+    watch.start()
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"is served at (http://\S+)", line):
+                yield process, found[1], said
+                break
+        else:
+            raise AssertionError("".join(said))
+    finally:
+        watch.cancel()
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_life(run, tmp_path, number):
+    with served(run, f"--disk={tmp_path}", "--name=mine", DSJAX_API_KEY="secret") as (process, url, said):
+        assert said[0] == f"dsjax: step 1 of {run}; chat template: dsjax's own in DeepSeek-V3's format, as the " \
+            "model's folder has none\n"  # fmt: skip
+        assert said[1] == f"dsjax: mine is served at {url}\n"
+        assert url.startswith("http://127.0.0.1:")
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
+        stream = client.completions.create(model="mine", prompt=[[40]], temperature=0, max_tokens=250, stream=True)
+        next(stream)
+        process.send_signal(number)
+        # What runs is finished.
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    assert list(tmp_path.rglob("*.npz"))
+
+
+def failure(capsys, *words):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_an_address_that_is_taken(run, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert failure(capsys, str(run), f"--port={port}") == f"dsjax: 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_a_warning(capsys, monkeypatch):
+    monkeypatch.delenv("DSJAX_API_KEY", raising=False)
+    words = ("nowhere", "--port=0", "--host=0.0.0.0")
+    warning = "dsjax: warning: everybody who reaches 0.0.0.0 may use this server; give it an --api-key\n"
+    error = "dsjax: nowhere: no such folder\n"
+    assert failure(capsys, *words) == warning + error
+    assert failure(capsys, *words, "--api-key=x") == error
+    monkeypatch.setenv("DSJAX_API_KEY", "x")
+    assert failure(capsys, *words) == error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "argument PATH is missing"),
+        (["nowhere", "--port=0"], "nowhere: no such folder"),
+        (["x", "--port=70000"], "port = 70000: must be at least 0 and below 65536"),
+        (["x", "--timeout=0"], "timeout = 0.0: must be greater than 0"),
+        (["x", "--grace=-1"], "grace = -1.0: must be at least 0"),
+        (["x", "--max-body=0"], "max_body = 0: must be at least 1"),
+        (["x", "--api-key=a b"], "api_key: must be ASCII characters without spaces"),
+        (["x", "--slots=0"], "slots = 0: must be at least 1"),
+        (["x", "--slots=2", "--queue=2"], "max_choices = 16: must be at most slots + queue = 4"),
+        (["x", "--hots=2"], "unknown option --hots; did you mean --host?"),
+    ],
+)
+def test_what_cannot_work(capsys, words, message):
+    error = failure(capsys, *words)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_the_packages():
+    code = "import sys; sys.modules['uvicorn'] = None; from dsjax.serve import main; main(['x'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOME, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "dsjax: uvicorn is not installed: install dsjax[serve], or say `uv run --extra serve`\n"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    page = capsys.readouterr().out
+    assert all(option in page for option in ("PATH", "--host", "--api-key", "--max-body", "--slots", "--disk", "--ema"))
