@@ -1,7 +1,10 @@
 """What the kernels for Hopper (sm_90a, Mosaic GPU) share."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -16,6 +19,14 @@ def interpreter(impl: Fp8Kernel) -> dict[str, Any]:
         return {}
     # Stands in for the inline function below, which it knows by its name.
     return {"interpret": plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="_hack_model_inline_mgpu_tokamax")}
+
+
+def traced_once(*static: str) -> Callable[[Callable], Callable]:
+    """Decorate what runs a kernel: one tracing serves all calls of the same shapes and `static` arguments.
+
+    JAX lowers a kernel again, for a third of a second, whenever it has been traced again.
+    """
+    return functools.partial(jax.jit, static_argnames=static, inline=True)
 
 
 @plgpu.inline_mgpu()

@@ -11,6 +11,7 @@ there is nothing to make longer.
 """
 
 import importlib.util
+import json
 import os
 import shlex
 import subprocess
@@ -50,6 +51,12 @@ _GPU = (
         "a process whose transfer fails ends, and whatever started it starts all again, in place of one that hangs",
     ),
     Flag(
+        "--xla_gpu_memory_limit_slop_factor",
+        "1000",
+        "XLA's scheduler counts what a loop holds once more for every branch inside; of a step that fits it believes "
+        "that memory is out, hides no transfer and computes results twice. This is ten times the limit",
+    ),
+    Flag(
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
         str(MEMORY_SHARE),
         "of a GPU's memory JAX takes three quarters; the rest of this is room for NCCL and CUDA",
@@ -63,6 +70,12 @@ def recommended(config: Config, platform: Platform) -> tuple[Flag, ...]:
     if platform != "gpu":
         return ()
     return (*(_GPU if config.xla_flags else ()), *_channels(config))
+
+
+def compiler_options(config: Config, platform: Platform) -> dict[str, bool | int]:
+    """Return XLA's of the recommended flags as `jax.stages.Lowered.compile` takes them."""
+    flags = [flag for flag in recommended(config, platform) if flag.of_xla]
+    return {flag.name.removeprefix("--"): json.loads(flag.value) for flag in flags}  # true, or a number
 
 
 def _channels(config: Config) -> tuple[Flag, ...]:

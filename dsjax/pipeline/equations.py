@@ -1,10 +1,12 @@
 """Lists of equations, the bodies of traced functions, and functions made of parts of them."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.extend.core as jex
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated", "scatter-add", "ffi_call"}
 """Primitives that may make a weight's gradient."""
@@ -43,6 +45,37 @@ def as_function(
         constvars=known, invars=list(inputs), outvars=list(outputs), eqns=list(eqns), effects=effects
     )
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, [consts[var] for var in known]))
+
+
+def without_gradient_rules(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Return a function of the same results whose equations are also those inside of functions with a rule for their
+    gradients, which it loses."""
+
+    def run(*args: PyTree) -> PyTree:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        results = _opened(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
+
+
+def _opened(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atoms: Sequence[Any]) -> list[Any]:
+        return [atom.val if isinstance(atom, jex.Literal) else values[atom] for atom in atoms]
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "custom_vjp_call":
+            inner = eqn.params["call_jaxpr"]
+            stack = str(eqn.source_info.name_stack)
+            with jax.named_scope(stack) if stack else contextlib.nullcontext():
+                results = _opened(inner.jaxpr, inner.consts, read(eqn.invars))
+        else:
+            needed = reads([eqn])
+            results = as_function(jaxpr, [eqn], needed, eqn.outvars)(*(values[var] for var in needed))
+        values |= zip(eqn.outvars, results, strict=True)
+    return read(jaxpr.outvars)
 
 
 def has_product(eqn: jex.JaxprEqn) -> bool:

@@ -213,9 +213,8 @@ class Executor:
                         )
                     case Kind.W:
                         read[kind] = _at(state.tapes[: counts[slot]], row[Field.W_TAPE])
-            # Reads come before writes: otherwise XLA copies whole buffers to have both.
             if self.program.schedule.ranks > 1:
-                read, state = _barrier(read, state)
+                read, state = _before_writes(read, state)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
             sent = {"activation": zeros, "gradient": zeros}
             for kind, slot in opcode:
@@ -325,6 +324,8 @@ class Executor:
 
     def _weights(self, state: _State, row: Int[Array, " fields"], slot: int, pieces: SplitVJP, tapes: tuple) -> _State:
         for place, tape in enumerate(tapes):
+            if place:  # left alone, XLA makes the gradients of all layers before it adds them up
+                state, tape = _after_place(state, slot, place - 1, tape)
             ctx = self.model.context(slot, place, row[Field.W_MICRO_BATCH])
             state = _add_grads(state, slot, place, pieces.bwd_weight(self.weights[slot][place], tape, ctx))
         return state
@@ -345,7 +346,12 @@ class Executor:
 def _add_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
     results = state.results
     total = jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), results.grads[slot][place], grads)
-    all_grads = _with(results.grads, slot, _with(results.grads[slot], place, total))
+    return _with_grads(state, slot, place, total)
+
+
+def _with_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
+    results = state.results
+    all_grads = _with(results.grads, slot, _with(results.grads[slot], place, grads))
     return replace(state, results=results._replace(grads=all_grads))
 
 
@@ -367,9 +373,21 @@ def _put(buffer: PyTree, value: PyTree, slot: Int[Array, ""]) -> PyTree:
     return jax.tree.map(write, buffer, value)
 
 
-def _barrier(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
-    buffers = (state.activations, state.gradients, state.residuals, state.tapes)
-    kinds = list(read)
-    values, (activations, gradients, residuals, tapes) = lax.optimization_barrier(([read[k] for k in kinds], buffers))
-    state = replace(state, activations=activations, gradients=gradients, residuals=residuals, tapes=tapes)
-    return dict(zip(kinds, values, strict=True)), state
+def _before_writes(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
+    """Keep reads before writes: otherwise XLA copies whole buffers to have both.
+
+    A buffer that nothing writes in this tick is left out: behind the barrier XLA would copy it."""
+    written = {"activations": state.activations, "gradients": state.gradients}  # by transfers at the end
+    if Kind.F in read:
+        written["residuals"] = state.residuals
+    if Kind.I in read:
+        written["tapes"] = state.tapes
+    early = {kind: value for kind, value in read.items() if kind is not Kind.W or Kind.I in read}
+    early, written = lax.optimization_barrier((early, written))
+    return read | early, replace(state, **written)
+
+
+def _after_place(state: _State, slot: int, place: int, value: PyTree) -> tuple[_State, PyTree]:
+    """Make what reads `value` wait until the gradients of a place are added up."""
+    added, value = lax.optimization_barrier((state.results.grads[slot][place], value))
+    return _with_grads(state, slot, place, added), value

@@ -38,30 +38,40 @@ class _Component(NamedTuple):
 
 class _Moment(NamedTuple):
     step: int
-    half: int
+    part: int
 
 
-def interleaved(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+def interleaved(function: Callable[..., PyTree], *, strictly: bool = False) -> Callable[..., PyTree]:
     """Return a function of the same results in which the components of two chunks take turns.
 
     Args:
         function: whose equations are in a scope named F, or B or I; and in one named dispatch, combine or overflow, if
             they are part of the expert exchange.
+        strictly: whether what follows a hop waits for all of the computing beside it. Where there are no gradients of
+            weights to fill gaps, XLA would go on with the tokens as soon as they are there, and compute afterwards.
     """
 
     def in_turns(*args: PyTree) -> PyTree:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         jaxpr = closed.jaxpr
         component_of = _components(jaxpr)
-        moment_of = _moments(jaxpr, component_of)
+        moment_of = _moments(jaxpr, component_of, strictly)
         groups: dict[_Moment, list[jex.JaxprEqn]] = defaultdict(list)
         for eqn in jaxpr.eqns:
             groups[moment_of[eqn.outvars[0]]].append(eqn)
         values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         values |= zip(jaxpr.invars, jax.tree.leaves(args), strict=True)
+        last_read = _last_reads(jaxpr, moment_of)
         for moment, eqns in sorted(groups.items()):
             needed, made = reads(eqns), [var for eqn in eqns for var in eqn.outvars]
             behind = [var for var in needed if var in moment_of and _follows(moment, moment_of[var])]
+            if strictly and moment.part and all(component_of[var].on_network for var in behind):
+                # It reads nothing of what was computed beside it.
+                behind += [
+                    var
+                    for var, last in last_read.items()
+                    if last > moment and _follows(moment, moment_of[var]) and not component_of[var].on_network
+                ]
             if len({component_of[var].on_network for var in behind}) == 2:
                 values |= zip(behind, lax.optimization_barrier([values[var] for var in behind]), strict=True)
             results = as_function(jaxpr, eqns, needed, made)(*(values[var] for var in needed))
@@ -87,26 +97,52 @@ def _components(jaxpr: jex.Jaxpr) -> dict[jex.Var, _Component]:
     return component_of
 
 
-def _moments(jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component]) -> dict[jex.Var, _Moment]:
-    """Divide every component into halves: by its hops, or by those of its products that wait for each other."""
+def _moments(
+    jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component], strictly: bool
+) -> dict[jex.Var, _Moment]:
+    """Divide every component into parts: by its hops, or by those of its products that wait for each other.
+
+    Strictly, a part of the network is a hop and what it takes, and there are as many parts of the computing beside it;
+    what follows the last hop is one more. Else both have two halves.
+    """
     depth_of: dict[jex.Var, int] = {}
+    before_of: dict[jex.Var, int] = {}
     deepest: dict[_Component, int] = defaultdict(int)
     for eqn in jaxpr.eqns:
         component = component_of[eqn.outvars[0]]
-        depth = max((depth_of[var] for var in variables(eqn.invars) if component_of.get(var) == component), default=0)
-        depth += eqn.primitive.name in _HOPS if component.on_network else has_product(eqn)
+        before = max((depth_of[var] for var in variables(eqn.invars) if component_of.get(var) == component), default=0)
+        depth = before + (eqn.primitive.name in _HOPS if component.on_network else has_product(eqn))
         deepest[component] = max(deepest[component], depth)
         depth_of |= dict.fromkeys(eqn.outvars, depth)
+        before_of |= dict.fromkeys(eqn.outvars, before)
     moment_of: dict[jex.Var, _Moment] = {}
     for eqn in jaxpr.eqns:
-        component = component_of[eqn.outvars[0]]
+        out = eqn.outvars[0]
+        component = component_of[out]
         before = [moment_of[var] for var in variables(eqn.invars) if var in moment_of]
-        half = 2 * depth_of[eqn.outvars[0]] > deepest[component] + 1
-        moment = max(_Moment(component.step, int(half)), *before, _Moment(-1, 0))
+        if not strictly:
+            part = int(2 * depth_of[out] > deepest[component] + 1)
+        elif component.on_network:
+            part = before_of[out]
+        else:
+            parts = max(1, deepest[_Component(component.step, True)])
+            part = min(parts * max(depth_of[out] - 1, 0) // max(deepest[component], 1), parts - 1)
+        moment = max(_Moment(component.step, part), *before, _Moment(-1, 0))
         moment_of |= dict.fromkeys(eqn.outvars, moment)
     return moment_of
 
 
+def _last_reads(jaxpr: jex.Jaxpr, moment_of: dict[jex.Var, _Moment]) -> dict[jex.Var, _Moment]:
+    """Return when each variable that equations make is read for the last time."""
+    last: dict[jex.Var, _Moment] = {}
+    for eqn in jaxpr.eqns:
+        for var in variables(eqn.invars):
+            if var in moment_of:
+                last[var] = max(last.get(var, moment_of[var]), moment_of[eqn.outvars[0]])
+    return last
+
+
 def _follows(moment: _Moment, before: _Moment) -> bool:
-    """Whether a moment waits for what is made in another: the first half of its step, or any of the step before."""
-    return before.step == moment.step - 1 if moment.half == 0 else before == (moment.step, 0)
+    """Whether a moment waits for what is made in another: the first part of its step for any of the step before, others
+    for the part in front of them."""
+    return before.step == moment.step - 1 if moment.part == 0 else before == (moment.step, moment.part - 1)

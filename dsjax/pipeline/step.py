@@ -6,7 +6,7 @@ stages the other way round, so that in steady state all ranks do the same (see `
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ from dsjax.pipeline.stages import (
     stage_layout,
 )
 from dsjax.runtime import Runtime
+
+PIECE = 2**30
+"""Bytes in float32 of a gradient at an end of the pipeline that are reduced at once; V3's head has 3.7 GB."""
 
 
 class DeviceLosses(NamedTuple):
@@ -88,19 +91,16 @@ def loss_and_grads_of_device(
     )
     results = executor.run()
     if config.mesh.pipe == 1:
-        ((stacked,),), ((aux,),) = results.grads, results.aux
-        at = {name: divided[name] for name in results.edge_grads}
-        grads, stacked, aux = reduce_scatter(results.edge_grads, at), [stacked], [aux]
+        ((moe,),), ((layers,),) = results.grads, results.aux
+        grads = results.edge_grads | ({"moe": moe} if "moe" in divided else {})
+        grads = reduce_scatter(grads, {name: divided[name] for name in grads})
     else:
-        stacked, aux = (
-            [jax.tree.map(lambda *leaves: jnp.stack(leaves), *places) for places in of_slots]
-            for of_slots in (results.grads, results.aux)
-        )
+        of_layer = jax.tree.map(Partition.of_layer, divided["moe"])
+        layers = slots.close(results.aux)
         grads = lax.psum(results.edge_grads, AXIS)
-    if "moe" in divided:
-        grads["moe"] = slots.close([reduce_scatter(grad, divided["moe"]) for grad in stacked])
+        grads["moe"] = slots.close(results.grads, lambda grad: reduce_scatter(grad, of_layer))
     main, mtp, mtp_modules = results.report
-    return DeviceLosses(main, mtp, slots.close(aux), mtp_modules, fp8), grads
+    return DeviceLosses(main, mtp, layers, mtp_modules, fp8), grads
 
 
 def executor_of_device(
@@ -146,6 +146,9 @@ def executor_of_device(
     weights, quantized = (tuple(tuple(pair[part] for pair in slot) for slot in pairs) for part in (0, 1))
     if ranks == 1:
         edges, quantized_edges = apart(edges)
+    if fp8:
+        # Counted now: XLA would do it last, and keep the weights of all layers in 16 bits for the whole step.
+        quantized, fp8 = lax.optimization_barrier((quantized, fp8))
 
     def ctx_of(micro_batch: Int[Array, ""]) -> Context:
         documents = None if segments is None else segments[micro_batch]
@@ -224,10 +227,25 @@ def _in_use(parts: PyTree, divided: PyTree, dtype: DTypeLike) -> PyTree:
         return gather(cast_weights(parts, dtype), divided)
 
     def backward(_: None, grads: PyTree) -> tuple[PyTree]:
-        return (reduce_scatter(grads, divided),)
+        return (jax.tree.map(_reduced_in_pieces, grads, divided),)
 
     in_use.defvjp(lambda parts: (in_use(parts), None), backward)
     return in_use(parts)
+
+
+def _reduced_in_pieces(grad: Array, at: Partition) -> Array:
+    """Return `reduce_scatter` of a gradient, of so much at once that the float32 which it sends is at most `PIECE`."""
+    free = [axis for axis in range(grad.ndim) if axis != at.zero_axis]
+    if 4 * grad.size <= PIECE or not free:
+        return reduce_scatter(grad, at)
+    axis = max(free, key=lambda axis: grad.shape[axis])
+    count = next(n for n in range(1, grad.shape[axis] + 1) if not grad.shape[axis] % n and 4 * grad.size <= n * PIECE)
+    parts: list[Array] = []
+    for piece in jnp.split(grad, count, axis):
+        if parts:
+            parts[-1], piece = lax.optimization_barrier((parts[-1], piece))
+        parts.append(reduce_scatter(piece, at))
+    return jnp.concatenate(parts, axis)
 
 
 class _Slots:
@@ -249,14 +267,32 @@ class _Slots:
                 slots = tuple(jax.tree.map(lambda leaf, part=part: leaf[part], rows) for part in parts)
         return self._swapped(slots)
 
-    def close(self, slots: list[PyTree]) -> PyTree:
-        """The transpose of `open`: add what belongs to the same rows."""
+    def close(
+        self, slots: Sequence[Sequence[PyTree]], reduced: Callable[[PyTree], PyTree] = lambda of_place: of_place
+    ) -> PyTree:
+        """The transpose of `open`: add what belongs to the same row, and stack the rows.
+
+        Place after place: all at once, as XLA would do it, needs a second copy of everything.
+
+        Args:
+            slots: what each physical slot has of its places.
+            reduced: what to do first with each of them.
+        """
+        rows: list[tuple[PyTree, ...]] = []
+        for of_place in zip(*slots, strict=True):
+            if rows:
+                rows[-1], of_place = lax.optimization_barrier((rows[-1], of_place))
+            rows.append(self._closed(tuple(map(reduced, of_place))))
+        in_order = [row for of_slot in zip(*rows, strict=True) for row in of_slot]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_order)
+
+    def _closed(self, slots: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         if self.kind == "single":
-            return slots[0]
-        near, far = self._swapped(tuple(slots))
+            return slots
+        near, far = self._swapped(slots)
         if self.kind == "bidirectional":
-            return jax.tree.map(jnp.add, near, self._from_mirror(far))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), near, far)
+            return (jax.tree.map(jnp.add, near, self._from_mirror(far)),)
+        return near, far
 
     def _from_mirror(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, AXIS, self.mirror), tree)

@@ -35,6 +35,12 @@ def can_compile_for_gpus() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
+def require_plugin() -> None:
+    """Raise RuntimeError if JAX's CUDA plugin is not installed."""
+    if not can_compile_for_gpus():
+        raise RuntimeError("compiling for GPUs needs JAX's CUDA plugin: uv run --extra cuda13 ...")
+
+
 @contextlib.contextmanager
 def traced_for(chip: Chip) -> Iterator[None]:
     """Inside, programs are traced as on a chip, with the kernels that it has."""
@@ -54,8 +60,7 @@ def gpu_devices(nodes: int, per_node: int, chip: HopperName = "h100") -> Iterato
     Raises:
         RuntimeError: the CUDA plugin is not installed.
     """
-    if not can_compile_for_gpus():
-        raise RuntimeError("compiling for GPUs needs JAX's CUDA plugin: uv run --extra cuda13 ...")
+    require_plugin()
     description = topologies.get_topology_desc(
         platform="cuda", topology=f"1x{nodes}x{per_node}", target_config=_target_config(CHIPS[chip])
     )

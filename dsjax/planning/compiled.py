@@ -1,7 +1,5 @@
-"""XLA's own figures of a run's step, compiled for GPUs that are not there."""
+"""XLA's own figures of a run's step, made for GPUs that are not there: all that it decides before machine code."""
 
-import resource
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,26 +12,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsjax.config import Config
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import batch_spec
-from dsjax.planning.aot import COMPILER_OPTIONS, HopperName, gpu_devices
+from dsjax.parallel.xla_flags import compiler_options
+from dsjax.planning.aot import COMPILER_OPTIONS, HopperName, gpu_devices, require_plugin
 from dsjax.planning.chips import CHIPS
 from dsjax.planning.hlo import Collective, collectives
 from dsjax.planning.memory import Memory
+from dsjax.planning.scheduled import Options, Scheduled, scheduled
 from dsjax.runtime import runtime_of
 from dsjax.training.state import drawn_state, state_shardings
 from dsjax.training.step import Knobs, make_train_step
 
-QUICK = {
-    "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-"""Which of the products' kernels is fastest changes neither memory nor order, nor does how well they are optimized."""
+QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Which of the products' kernels is fastest changes neither memory nor order."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step."""
+    """A step as XLA would run it."""
 
     argument_bytes: int
     """State, tokens: of each device."""
@@ -44,10 +39,10 @@ class Compiled:
     0 where there are none."""
     collectives: dict[str, int]
     """How many of each kind, by what the program calls them: see `purpose`."""
-    lower_seconds: float
-    compile_seconds: float
+    seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
-    """Of this process."""
+    """Of the process that compiles."""
 
     @property
     def total_bytes(self) -> int:
@@ -66,8 +61,10 @@ class Compiled:
             ("all else", planned.total - state, self.temporary_bytes),
             ("together", planned.total, self.total_bytes),
         )
-        seconds = self.lower_seconds + self.compile_seconds
-        yield f"compiled  by XLA in {seconds:.0f} s, {self.peak_rss_bytes / 1e9:.1f} GB of memory at most"
+        yield (
+            f"compiled  by XLA up to machine code, which is not made, in {self.seconds:.0f} s "
+            f"({self.cpu_seconds:.0f} s of CPU time) and {self.peak_rss_bytes / 1e9:.1f} GB"
+        )
         yield f"  {'GB of each device':22}{'planned':>9}{'XLA':>9}"
         for name, plan, xla in rows:
             yield f"  {name:22}{plan / 1e9:9.2f}{xla / 1e9:9.2f}"
@@ -78,33 +75,40 @@ class Compiled:
 
 
 def compile_step(config: Config, chip: HopperName) -> Compiled:
-    """Compile the training step of a run for its number of GPUs.
+    """Return XLA's figures of the training step of a run; for errors see `scheduled_step`."""
+    made = scheduled_step(config, chip)
+    found = collectives(made.text)
+    pairs = [c for c in found if c.kind == "all-to-all" and "pair" in c.op_name and "/overflow/" not in c.op_name]
+    sent = sum(c.nbytes for c in pairs)
+    return Compiled(
+        argument_bytes=made.argument_bytes,
+        temporary_bytes=made.temporary_bytes,
+        hidden_all_to_all=sum(c.nbytes for c in pairs if c.products) / sent if sent else 0.0,
+        collectives=dict(Counter(f"{c.kind} ({purpose(c)})" for c in found)),
+        seconds=made.seconds,
+        cpu_seconds=made.cpu_seconds,
+        peak_rss_bytes=made.peak_rss_bytes,
+    )
+
+
+def scheduled_step(config: Config, chip: HopperName) -> Scheduled:
+    """Have XLA compile the training step of a run for its number of GPUs, up to machine code.
 
     Raises:
         ValueError: the devices are no whole nodes.
         RuntimeError: the CUDA plugin is not installed.
+        ChildProcessError: XLA failed, or memory was out.
     """
-    text, memory, seconds = compiled_text(config, chip)
-    found = collectives(text)
-    pairs = [c for c in found if c.kind == "all-to-all" and "pair" in c.op_name and "/overflow/" not in c.op_name]
-    sent = sum(c.nbytes for c in pairs)
-    return Compiled(
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        hidden_all_to_all=sum(c.nbytes for c in pairs if c.products) / sent if sent else 0.0,
-        collectives=dict(Counter(f"{c.kind} ({purpose(c)})" for c in found)),
-        lower_seconds=seconds[0],
-        compile_seconds=seconds[1],
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
-
-
-def compiled_text(config: Config, chip: HopperName) -> tuple[str, Any, tuple[float, float]]:
-    """Return the scheduled program, XLA's analysis of its memory, and the seconds of lowering and of compiling."""
-    train, on = config.train, CHIPS[chip]
-    per_node = min(on.devices_per_node, config.mesh.devices)
+    per_node = _per_node(config, chip)
     if config.mesh.devices % per_node:
         raise ValueError(f"{config.mesh.devices} devices: must be a multiple of {per_node}, those of a node")
+    require_plugin()
+    return scheduled(_compile, config, chip)
+
+
+def _compile(options: Options, config: Config, chip: HopperName) -> None:
+    train, per_node = config.train, _per_node(config, chip)
+    jax.config.update("jax_platforms", "cpu")  # no GPU is asked, also where there is one
     with gpu_devices(config.mesh.devices // per_node, per_node, chip) as devices:
         mesh = make_mesh(config.mesh, devices)
         state = jax.eval_shape(lambda: drawn_state(config))
@@ -117,14 +121,14 @@ def compiled_text(config: Config, chip: HopperName) -> tuple[str, Any, tuple[flo
         shape = train.batch_size // micro_batch, micro_batch, config.data.sequence_length + 1
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(3, axis=1)))
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-        began = time.perf_counter()
-        lowered = make_train_step(config, runtime_of(config), mesh, end_of_document=0).lower(
-            state, tokens, Knobs(number, number, number)
-        )
-        at = time.perf_counter()
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS | QUICK)
-        seconds = at - began, time.perf_counter() - at
-    return compiled.as_text(), compiled.memory_analysis(), seconds
+        step = make_train_step(config, runtime_of(config), mesh, end_of_document=0)
+        lowered = step.lower(state, tokens, Knobs(number, number, number))
+        flags = compiler_options(config, "gpu")
+        lowered.compile(compiler_options=COMPILER_OPTIONS | QUICK | flags | options)
+
+
+def _per_node(config: Config, chip: HopperName) -> int:
+    return min(CHIPS[chip].devices_per_node, config.mesh.devices)
 
 
 def purpose(collective: Collective) -> str:

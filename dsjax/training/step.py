@@ -114,7 +114,7 @@ def accumulated_loss_and_grads(
             out_specs=(PartitionSpec(AXES), divided_specs),
             check_vma=False,
         )(params, biases, micro_batches, mtp_weight)
-        return _over_devices(losses, count, config.mesh.pipe), grads
+        return _over_devices(losses, count, mesh), grads
 
     return loss_and_grads
 
@@ -129,13 +129,13 @@ def on_mesh(runtime: Runtime, config: Config) -> Runtime:
     return replace(runtime, exchange=runtime.exchange or exchange_of(config))
 
 
-def _over_devices(losses: DeviceLosses, count: int, ranks: int) -> StepLosses:
+def _over_devices(losses: DeviceLosses, count: int, mesh: Mesh) -> StepLosses:
     """Return the losses of a step of `count` micro-batches from each device's, [devices, ...].
 
     Outside of `shard_map`, where a sum is over all devices and nothing else: the routers' biases must move by the same
     counts everywhere.
     """
-    losses = jax.tree.map(lambda leaf: leaf.reshape(ranks, -1, *leaf.shape[1:]), losses)
+    losses = jax.tree.map(lambda leaf: leaf.reshape(mesh.shape["pipe"], -1, *leaf.shape[1:]), losses)
 
     def over_rows(aux: MoEAux) -> MoEAux:
         per_rank = MoEAux(aux.loads.sum(axis=1), aux.balance_loss.mean(axis=1) / count, aux.rounds.max(axis=1))
@@ -143,6 +143,8 @@ def _over_devices(losses: DeviceLosses, count: int, ranks: int) -> StepLosses:
 
     at_end = jax.tree.map(lambda leaf: leaf.sum(axis=0, keepdims=True), losses.mtp_modules)
     every = [over_rows(aux) for aux in (losses.layers, at_end) if aux is not None]
+    # Rows of all ranks meet here: divided, XLA would move them by all-to-alls.
+    every = jax.lax.with_sharding_constraint(every, NamedSharding(mesh, PartitionSpec()))
     aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every) if every else None
     main, mtp = (of_devices.sum(axis=0).mean() / count for of_devices in (losses.main, losses.mtp))
     return StepLosses(main, mtp, aux, jax.tree.map(jnp.sum, losses.fp8))

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from meshes import MTP_WEIGHT, ROOMY, TIGHT
 
 from dsjax.config import Config, MeshConfig, PipelineConfig
 from dsjax.model.layout import unstack
+from dsjax.parallel.mesh import BATCH_AXES, make_mesh
+from dsjax.parallel.sharding import partitions, reduce_scatter, specs
 from dsjax.pipeline import executor, step
 from dsjax.pipeline.program import Field
 from dsjax.pipeline.stages import rows_of, stage_layout
@@ -228,3 +231,26 @@ def test_stages_have_even_work(model, layers, stages, counts):
 def test_too_few_layers_are_refused(run):
     with pytest.raises(ValueError, match=r"8 stages of a model with 2 MoE layers: .* at most 2 stages"):
         initial_state(replace(run, mesh=MeshConfig(pipe=8)))
+
+
+def test_a_large_gradient_is_reduced_in_pieces(monkeypatch):
+    """Those of a head are, one after the other; the sums are the same bits."""
+    monkeypatch.setattr(step, "PIECE", 4 * 64 * 12 // 4)
+    mesh = make_mesh(MeshConfig(data=2, local=4))
+    parts = {"head": jnp.zeros((64, 12)), "norm": jnp.zeros(3)}
+    divided = partitions(parts, mesh)
+    grads = {name: jax.random.normal(jax.random.key(0), (8, 8, *part.shape)) for name, part in parts.items()}
+
+    def reduced(function):
+        def on_device(grads):
+            return function(jax.tree.map(lambda leaf: leaf[0, 0], grads))
+
+        return jax.shard_map(
+            on_device, mesh=mesh, in_specs=P(BATCH_AXES), out_specs=specs(parts, mesh), check_vma=False
+        )
+
+    whole = reduced(lambda grads: reduce_scatter(grads, divided))
+    pieces = reduced(lambda grads: jax.tree.map(step._reduced_in_pieces, grads, divided))
+    assert str(jax.make_jaxpr(pieces)(grads)).count("reduce_scatter[") == 4
+    for a, b in zip(jax.tree.leaves(whole(grads)), jax.tree.leaves(pieces(grads)), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -30,18 +30,21 @@ def test_what_a_collective_is_for(kind, name, what):
 @pytest.mark.skipif(
     not can_compile_for_gpus(), reason="JAX's CUDA plugin is not installed: uv run --extra cuda13 pytest -m slow"
 )
-def test_four_layers_on_each_of_two_stages():
-    """Full widths, FP8 and EP 16 on 32 H800s: the state is planned exactly, the rest is 22 % short (docs/scale.md)."""
+def test_four_layers_on_each_of_four_stages():
+    """Full widths, FP8 and EP 16 on 64 H800s; docs/scale.md has what it says of the 2048-GPU run."""
     config = load_config(["v3_671b"])
     config = replace(
         config,
-        model=replace(config.model, num_hidden_layers=11),
-        mesh=replace(config.mesh, pipe=2, data=1, node=2),
-        train=replace(config.train, batch_size=128, micro_batch_size=16, batch_ramp_start=0, batch_ramp_fraction=0.0),
+        model=replace(config.model, num_hidden_layers=19),
+        mesh=replace(config.mesh, pipe=4, data=1, node=2),
+        train=replace(config.train, batch_size=160, micro_batch_size=16, batch_ramp_start=0, batch_ramp_fraction=0.0),
     )
     plan, found = report_of(config, "h800").memory, compile_step(config, "h800")
     print(*found.lines(plan), sep="\n")
-    state = ("master_weights", "moments", "router_biases", "tokens")
+    state = sum(plan.device[name] for name in ("master_weights", "moments", "router_biases", "tokens"))
     # And three numbers that change from step to step.
-    assert found.argument_bytes == pytest.approx(sum(plan.device[name] for name in state), rel=1e-3)
-    assert 0.9 * plan.total < found.total_bytes < 1.25 * plan.total
+    assert found.argument_bytes == pytest.approx(state, rel=1e-3)
+    # XLA needs 17 % more, see docs/scale.md.
+    assert found.temporary_bytes == pytest.approx(plan.total - state, rel=0.18)
+    assert found.hidden_all_to_all > 0.55
+    assert not [what for what in found.collectives if "other" in what or "unnamed" in what]

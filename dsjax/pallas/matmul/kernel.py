@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from dsjax.config import Fp8Kernel
-from dsjax.pallas.hopper import fence_async_shared_cta, interpreter, tiled_smem
+from dsjax.pallas.hopper import fence_async_shared_cta, interpreter, tiled_smem, traced_once
 from dsjax.pallas.matmul.config import BLOCK_BYTES, ROWS, Config
 
 Scalar = int | Int32[Array, ""]
@@ -66,6 +66,11 @@ class Schedule(Protocol):
         ...
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["a", "b", "a_scales", "b_scales"],
+    meta_fields=["b_scale_rows", "a_major", "b_major"],
+)
 @dataclass(frozen=True)
 class Operands:
     """The arrays of a product a b^T; any of them may have a leading axis for groups."""
@@ -82,6 +87,7 @@ class Operands:
     b_major: Literal["k", "mn"] = "k"
 
 
+@traced_once("schedule", "config", "out_shape", "out_dtype", "num_sms", "name", "impl")
 def multiply(
     operands: Operands,
     schedule: Schedule,

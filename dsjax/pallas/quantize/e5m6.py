@@ -26,6 +26,7 @@ from jaxlib.mlir.dialects import memref, vector
 from jaxtyping import Array, Float, UInt32
 
 from dsjax.config import Fp8Kernel
+from dsjax.pallas.hopper import traced_once
 from dsjax.pallas.quantize.division import over, scales_of
 from dsjax.pallas.quantize.reference import (
     E5M6_LARGEST,
@@ -45,6 +46,7 @@ OCTETS = TILE // VALUES
 """Of a row, as many as lanes share it."""
 
 
+@traced_once("impl", "num_sms")
 def pack(x: Float[Array, "N 128"], impl: Fp8Kernel, num_sms: int) -> tuple[UInt32[Array, "N 48"], Float[Array, " N"]]:
     """Quantize rows to E5M6, with a power of two for each."""
 
@@ -64,6 +66,7 @@ def pack(x: Float[Array, "N 128"], impl: Fp8Kernel, num_sms: int) -> tuple[UInt3
     return tuple(stream(compute, (pl.cdiv(n, ROWS),), [(x, _VALUES)], outputs, impl, num_sms))
 
 
+@traced_once("impl", "num_sms")
 def unpack(
     words: UInt32[Array, "N 48"], scales: Float[Array, " N"], impl: Fp8Kernel, num_sms: int
 ) -> Float[Array, "N 128"]:

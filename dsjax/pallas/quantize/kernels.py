@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn
 
 from dsjax.config import Fp8Kernel
+from dsjax.pallas.hopper import traced_once
 from dsjax.pallas.quantize.division import over, scales_of
 from dsjax.pallas.quantize.reference import E4M3, TILE, amax_of
 from dsjax.pallas.quantize.stream import Tile, stream, swizzled
@@ -27,6 +28,7 @@ ROWS = 64
 """Of a tile in registers: those of a warpgroup."""
 
 
+@traced_once("impl", "num_sms", "power_of_two")
 def tiles(
     x: Float[Array, "M K"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "M K"], Float[Array, "K/128 M"]]:
@@ -39,6 +41,7 @@ def tiles(
     return tuple(stream(compute, _grid(m, k), [(x, _ROWS)], _codes_and_scales(m, k), impl, num_sms))
 
 
+@traced_once("impl", "num_sms", "power_of_two")
 def swiglu_tiles(
     gate_up: Float[Array, "M 2 F"], weights: Float[Array, " M"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "M F"], Float[Array, "F/128 M"]]:
@@ -54,6 +57,7 @@ def swiglu_tiles(
     return tuple(stream(compute, _grid(m, f), inputs, _codes_and_scales(m, f), impl, num_sms))
 
 
+@traced_once("impl", "num_sms")
 def swiglu_backward(
     gate_up: Float[Array, "M 2 F"], weights: Float[Array, " M"], dy: Float[Array, "M F"], impl: Fp8Kernel, num_sms: int
 ) -> tuple[Float[Array, "M 2 F"], Float[Array, "F/64 M"]]:
@@ -80,6 +84,7 @@ def swiglu_backward(
     return tuple(stream(compute, grid, inputs, outputs, impl, num_sms))
 
 
+@traced_once("impl", "num_sms", "power_of_two")
 def tiles_transposed(
     x: Float[Array, "M K"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "K M"], Float[Array, "M/128 K"]]:
@@ -92,6 +97,7 @@ def tiles_transposed(
     return tuple(stream(compute, _grid(k, m), [(x, _COLUMNS)], _codes_and_scales(k, m), impl, num_sms))
 
 
+@traced_once("impl", "num_sms", "power_of_two")
 def requantize_transposed(
     codes: Float8e4m3fn[Array, "M K"],
     scales: Float[Array, "K/128 M"],
@@ -113,6 +119,7 @@ def requantize_transposed(
     return tuple(stream(compute, _grid(k, m), inputs, _codes_and_scales(k, m), impl, num_sms, scratch=[_HALVES]))
 
 
+@traced_once("impl", "num_sms")
 def transpose(codes: Float8e4m3fn[Array, "B N K"], impl: Fp8Kernel, num_sms: int) -> Float8e4m3fn[Array, "B K N"]:
     """Transpose codes."""
     batch, n, k = codes.shape
@@ -126,6 +133,7 @@ def transpose(codes: Float8e4m3fn[Array, "B N K"], impl: Fp8Kernel, num_sms: int
     return stream(compute, (batch, *_grid(k, n)), [(codes, source)], outputs, impl, num_sms, scratch=[_HALVES])[0]
 
 
+@traced_once("impl", "num_sms", "power_of_two")
 def blocks(
     w: Float[Array, "B N K"], impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "B N K"], Float[Array, "B N/128 K/128"]]:
@@ -158,6 +166,7 @@ def rms_norm_rows(k: int) -> int | None:
     return max((rows for rows in range(1, ROWS // parts + 1) if rows * parts % 8 == 0), default=None)
 
 
+@traced_once("eps", "impl", "num_sms", "power_of_two")
 def rms_norm_tiles(
     x: Float[Array, "M K"], gain: Float[Array, " K"], eps: float, impl: Fp8Kernel, num_sms: int, *, power_of_two: bool
 ) -> tuple[Float8e4m3fn[Array, "M K"], Float[Array, "M K/128"]]:
