@@ -1,6 +1,6 @@
 """Measure, and print JSON: `python -m dsjax.bench train configs/tiny.toml` what a training step takes, `python -m
 dsjax.bench overlap configs/tiny_dualpipe.toml` what overlapping a pipeline's pairs is worth, `python -m dsjax.bench
-kernels` what the kernels of a Hopper GPU do."""
+generate runs/tiny` how fast a model writes, `python -m dsjax.bench kernels` what the kernels of a Hopper GPU do."""
 
 import json
 import sys
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from dsjax.benchmarks import overlap
+from dsjax.benchmarks import generation, overlap
 from dsjax.host_memory import keep_freed_memory
 from dsjax.parallel.hosts import simulate_devices
-from dsjax.settings import load_run, load_subcommand, one_line_errors
+from dsjax.settings import load_options, load_run, load_subcommand, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Kernels:
             raise ValueError(f"budget = {self.budget}: must be at least 0")
 
 
-COMMANDS = {"train": Train, "overlap": overlap.Overlap, "kernels": Kernels}
+COMMANDS = {"train": Train, "overlap": overlap.Overlap, "generate": generation.Generate, "kernels": Kernels}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     with one_line_errors():
-        runs = {"train": _train, "overlap": _overlap}
+        runs = {"train": _train, "overlap": _overlap, "generate": _generate}
         return runs[argv[0]](argv[1:]) if argv and argv[0] in runs else _kernels(argv)
 
 
@@ -77,6 +77,13 @@ def _overlap(argv: Sequence[str]) -> int:
     result = overlap.measure(config, options, overlap.in_process)
     print(json.dumps(result, indent=2))
     print(overlap.table(result), file=sys.stderr)
+    return 0
+
+
+def _generate(argv: Sequence[str]) -> int:
+    result = generation.measure(load_options(argv, generation.Generate, "bench generate"))
+    print(json.dumps(result, indent=2))
+    print(generation.table(result), file=sys.stderr)
     return 0
 
 

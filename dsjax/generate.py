@@ -7,8 +7,11 @@ from pathlib import Path
 
 from dsjax.inference.batch import LineSettings, finished, read_prompts
 from dsjax.inference.console import show_answer, show_answers
+from dsjax.inference.deployment import chosen
 from dsjax.inference.load import load_model
 from dsjax.inference.sampling import Sampling
+from dsjax.inference.settings import EngineSettings, Precision
+from dsjax.parallel.hosts import simulate_devices
 from dsjax.settings import load_options, one_line_errors
 
 
@@ -44,6 +47,10 @@ class Options:
     """Most tokens of prompt and text together; 0 for the length of the sequences that the model was made for."""
     slots: int = 32
     """Prompts of --prompts that are continued at the same time."""
+    deployment: str = ""
+    """TOML file of `configs/serving`, or its name: how several devices share the model; empty for one device."""
+    precision: Precision = "auto"
+    """Of weights and their products: `fp8` quantizes what is not stored so; `auto` is as stored, where that is fast."""
     speculate: int = 0
     """Tokens that the model's MTP modules draft per step, which changes the speed and not the text; 0 for none."""
 
@@ -61,7 +68,7 @@ class Options:
     @property
     def settings(self) -> LineSettings:
         """How tokens are chosen, and how many."""
-        names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+        names = "temperature", "top_p", "top_k", "repetition_penalty", "seed"
         sampling = Sampling(**{name: getattr(self, name) for name in names})
         if "" in self.stop:
             raise ValueError("stop = '': must have at least one character")
@@ -75,14 +82,17 @@ def main(argv: Sequence[str]) -> None:
         settings = options.settings
         lines = read_prompts(Path(options.prompts), settings) if options.prompts else []
         done = finished(Path(options.output), lines) if options.prompts else set()
-        model = load_model(options.path, ema=options.ema, mtp=options.speculate > 0)
+        slots = min(options.slots, max(1, len(lines) - len(done)))
+        given = EngineSettings(slots=slots, context=options.max_context, speculate=options.speculate)
+        layout, engine = chosen(options.deployment, given)
+        simulate_devices(layout.devices)
+        how = {"ema": options.ema, "mtp": engine.speculate > 0, "precision": options.precision}
+        model = load_model(options.path, layout=layout, **how)
         print(f"dsjax: {model.origin}", file=sys.stderr)
         if options.prompts:
-            left = [line for line in lines if line.id not in done]
-            how = options.max_context, options.slots, options.speculate
-            show_answers(model, left, Path(options.output), *how, len(done))
+            show_answers(model, lines, Path(options.output), engine, done)
         else:
-            show_answer(model, options.prompt, settings, options.max_context, options.speculate)
+            show_answer(model, options.prompt, settings, engine)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsjax.inference.settings import EngineSettings
+from dsjax.inference.settings import EngineSettings, Precision
 from dsjax.serving.settings import ServerSettings
 from dsjax.settings import load_options, one_line_errors
 
@@ -17,6 +17,11 @@ class Options(ServerSettings, EngineSettings):
     """Folder of a run, or of weights in Hugging Face's, DeepSeek's or dsjax's own form with a tokenizer.json."""
     ema: bool = False
     """Use the moving average of a run's weights."""
+    deployment: str = ""
+    """TOML file of `configs/serving`, or its name: how several devices share the model, and settings of the engine, of
+    which those given here win; empty for one device."""
+    precision: Precision = "auto"
+    """Of weights and their products: `fp8` quantizes what is not stored so; `auto` is as stored, where that is fast."""
 
     def __post_init__(self) -> None:
         ServerSettings.__post_init__(self)
@@ -40,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"{error.name} is not installed: install dsjax[serve], or say `uv run --extra serve`"
             ) from None
-        return serve(options.path, options, options, ema=options.ema)
+        return serve(options.path, options, options, options.deployment, ema=options.ema, precision=options.precision)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def load_run[R, T](argv: Sequence[str], options: type[T], command: str, kind: ty
         raise ValueError(f"unexpected argument {words[1]!r} after {words[0]!r}: an option begins with --")
     if not words and not show_help:
         raise ValueError("no run is named: give a TOML file, such as configs/tiny.toml, or --help")
-    config = _resolve(_find_run(words[0]), given, kind) if words else None
+    config = _resolve(_find(words[0], "" if kind is Config else SERVING), given, kind) if words else None
     if show_help:
         _show_run_help(options, config, command, kind)
     if print_config:
@@ -215,15 +215,16 @@ def is_in(word: str, folder: str, table: str) -> bool:
         return False
 
 
-def _find_run(word: str) -> Path:
-    """`configs/tiny.toml` is a file, `tiny` may also be the name of a packaged run."""
-    packaged = [_configs() / f"{word}.toml", _configs() / SERVING / f"{word}.toml"] if Path(word).name == word else []
+def _find(word: str, folder: str) -> Path:
+    """`configs/tiny.toml` is a file, `tiny` may also be the name of a packaged run, or of another folder's file."""
+    packaged = [_configs() / folder / f"{word}.toml"] if Path(word).name == word else []
     for file in (Path(word), *packaged):
         if file.is_file():
             return file
     if Path(word).is_dir():
         raise ValueError(f"{word}: a folder; name a run's TOML file, such as {Path(word) / 'config.toml'}")
-    raise ValueError(f"{word}: no such file, and no packaged run ({', '.join(_names(_configs()))})")
+    what = "deployment" if folder else "run"
+    raise ValueError(f"{word}: no such file, and no packaged {what} ({', '.join(_names(_configs() / folder))})")
 
 
 def _find_model(name: str, folders: Iterable[Path]) -> Path | None:

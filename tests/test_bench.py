@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
@@ -14,12 +15,16 @@ import numpy as np
 import pytest
 
 from dsjax import bench
-from dsjax.benchmarks import kernels, overlap
+from dsjax.benchmarks import generation, kernels, overlap
 from dsjax.benchmarks.clock import Clock, Rival
+from dsjax.checkpoint.huggingface import save_huggingface
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.model.layout import unstack
+from dsjax.model.transformer import initial_parameters
 from dsjax.pallas.matmul import scaled
 from dsjax.pallas.matmul.tune import example
 from dsjax.runtime import made_for
-from dsjax.settings import load_config
+from dsjax.settings import load_config, load_model_config
 
 
 def test_help_names_the_benchmarks(capsys):
@@ -27,8 +32,9 @@ def test_help_names_the_benchmarks(capsys):
         with pytest.raises(SystemExit, match="0"):
             bench.main(argv)
         out = capsys.readouterr().out
-        assert "  train " in out and "  kernels " in out and "  overlap " in out
-    for command, option in (("train", "--steps"), ("overlap", "--sms"), ("kernels", "--budget")):
+        assert "  train " in out and "  kernels " in out and "  overlap " in out and "  generate " in out
+    options = {"train": "--steps", "overlap": "--sms", "generate": "--batches", "kernels": "--budget"}
+    for command, option in options.items():
         with pytest.raises(SystemExit, match="0"):
             bench.main([command, "--help"])
         assert option in capsys.readouterr().out
@@ -37,13 +43,19 @@ def test_help_names_the_benchmarks(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "no command is named: give one of train, overlap, kernels"),
-        (["kernel"], "unknown command 'kernel': must be one of train, overlap, kernels"),
+        ([], "no command is named: give one of train, overlap, generate, kernels"),
+        (["kernel"], "unknown command 'kernel': must be one of train, overlap, generate, kernels"),
         (["train"], "no run is named"),
         (["train", "nowhere.toml"], "nowhere.toml: no such file"),
         (["overlap", "configs/tiny.toml"], "mesh.pipe = 1 with pipeline.schedule = 'dualpipe': only a pipeline"),
         (["overlap", "configs/tiny_dualpipe.toml", "--sms", "200"], "kernels.communication_sms = 200: must be between"),
         (["overlap", "configs/tiny_dualpipe.toml", "--rounds", "0"], "rounds = 0: must be at least 1"),
+        (["generate"], "argument PATH is missing"),
+        (["generate", "nowhere"], "nowhere: no such folder"),
+        (["generate", "nowhere", "--rounds", "0"], "rounds = 0: must be at least 1"),
+        (["generate", "nowhere", "--batches", "8", "0"], "batches = (8, 0): must be numbers of at least 1"),
+        (["generate", "nowhere", "--torch-threads", "0"], "torch_threads = (0,): must be numbers of at least 1"),
+        (["generate", "nowhere", "--cached", "-1"], "cached = -1: must be at least 0"),
         (["kernels"], "needs a Hopper GPU"),
         (["kernels", "--repeats", "0"], "repeats = 0: must be at least 1"),
         (["kernels", "--only", "everything"], "only = ('everything',): must be a list, each item one of 'check'"),
@@ -244,3 +256,64 @@ def test_overlap_on_simulated_devices(tmp_path):
     (row,) = json.loads(done.stdout)["by_communication_sms"].values()
     assert min(row["overlapped_s"], row["one_after_the_other_s"]) > 0 and row["samples"] == 1
     assert "there are no multiprocessors" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of random weights in Hugging Face's form."""
+    folder = tmp_path_factory.mktemp("weights") / "hf"
+    config = replace(load_model_config("tiny"), num_hidden_layers=2, vocab_size=300, num_nextn_predict_layers=0)
+    save_huggingface(folder, config, *(unstack(tree, config) for tree in initial_parameters(config, 0)), "fp32")
+    Tokenizer.train(["def a(b): return b"], config.vocab_size).save(folder / "tokenizer.json")
+    return folder
+
+
+QUICK = ("--batches", "1", "2", "--prompt-tokens", "5", "--max-tokens", "4", "--rounds", "1")
+IN_PLACE_OF_TORCH = """#!{python}
+import json, sys
+print(json.dumps({{"torch": "none", "transformers": "none"}}), flush=True)
+for line in sys.stdin:
+    wanted = json.loads(line)
+    tokens = [[-1] * wanted["max_tokens"] for prompt in wanted["prompts"]]
+    found = {{"seconds": 4.0 / wanted["threads"], "tokens": tokens}}
+    found |= {{"margins": [[0.25, 9.0, 9.0, 9.0]] * len(tokens)}} if wanted["margins"] else {{}}
+    print(json.dumps(found), flush=True)
+"""
+
+
+def test_generation_beside_torch(weights, tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text(IN_PLACE_OF_TORCH.format(python=sys.executable))
+    python.chmod(0o755)
+    assert bench.main(["generate", str(weights), *QUICK, "--cached", "5", "--torch", str(python)]) == 0
+    out, said = capsys.readouterr()
+    result = json.loads(out)
+    assert list(result["by_batch"]) == ["1", "2"] and result["versions"]["torch"] == "none"
+    for batch, found in result["by_batch"].items():
+        rates = found["tokens_per_s"]
+        assert list(rates) == ["dsjax", "cached", "torch, 1 thread", "torch, 2 threads"]
+        assert rates["torch, 1 thread"] == int(batch) and rates["torch, 2 threads"] == 2 * int(batch)
+        assert found["dsjax_times_as_fast"]["torch, 1 thread"] == pytest.approx(rates["dsjax"] / int(batch))
+        assert found["same_tokens"] == {"cached": 1.0, "torch, 1 thread": 0.0, "torch, 2 threads": 0.0}
+        assert found["largest_margin_where_parted"] == 0.25
+    assert result["idle_pages"]["cached"] >= 5 + result["idle_pages"]["dsjax"]
+    assert len(said.splitlines()) == 3 and "1 tokens/s (" in said
+
+
+def test_answers_part_at_the_first_difference():
+    theirs = generation.Answers(1.0, [[1, 2, 3], [4, 5, 6], [7, 8, 9]], [[9.0, 0.1, 8.0], [9.0, 9.0, 0.2], [9.0] * 3])
+    assert generation.parted(generation.Answers(1.0, [[1, 0, 0], [4, 5, 0], [7, 8, 9]]), theirs) == 0.2
+    assert generation.parted(theirs, theirs) == 0
+
+
+@pytest.mark.parametrize(
+    "script, message", [("exit 3", "its process ended"), (None, "No such file or directory; it must be a Python")]
+)
+def test_generation_without_torch_is_refused(weights, tmp_path, capfd, script, message):
+    python = tmp_path / "python"
+    if script:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["generate", str(weights), *QUICK, "--torch", str(python)])
+    assert message in capfd.readouterr().err.splitlines()[-1]

@@ -33,6 +33,11 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(value) for name, value in found.items()}
 
 
+def checksum_of_rows(rows: np.ndarray, first: int) -> int:
+    """Return what rows of an array, from `first` on, add to its checksum, which is the sum modulo 2**32."""
+    return _on_host(rows, first)
+
+
 def _is_host(array: Any) -> bool:
     if not isinstance(array, jax.Array):
         return True
@@ -49,14 +54,15 @@ def _on_device(array: Array) -> UInt32[Array, ""]:
     return _mix(bits.astype(jnp.uint32), row, column).sum(dtype=jnp.uint32)
 
 
-def _on_host(array: Any) -> int:
+def _on_host(array: Any, first: int = 0) -> int:
     array = np.asarray(array)
     unsigned = _unsigned("", array.dtype)
     shape = array.shape + ((2,) if array.itemsize == 8 else ())
     rows, columns = (shape[0] if shape else 1), prod(shape[1:])
     bits = np.ascontiguousarray(array).reshape(-1).view(unsigned).reshape(rows, columns)
     some_rows, some_columns = max(1, _BLOCK // max(1, columns)), min(columns, _BLOCK)
-    row, column = np.arange(rows, dtype=np.uint32)[:, None], np.arange(columns, dtype=np.uint32)
+    row = np.arange(first, first + rows, dtype=np.uint32)[:, None]
+    column = np.arange(columns, dtype=np.uint32)
     total = 0
     for i in range(0, rows, some_rows):
         for j in range(0, columns, some_columns):

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from dsjax.checkpoint.blocks import dequantize
+from dsjax.checkpoint.arrays import Arrays
 from dsjax.checkpoint.conversion import (
     SHARD_BYTES,
     Format,
@@ -25,7 +24,7 @@ from dsjax.checkpoint.conversion import (
     target_dtype,
 )
 from dsjax.checkpoint.families import config_from_huggingface, config_to_huggingface
-from dsjax.checkpoint.files import Columns, Stored
+from dsjax.checkpoint.files import Stored
 from dsjax.checkpoint.names import scale_name
 from dsjax.checkpoint.sources import (
     CheckpointProblems,
@@ -53,8 +52,6 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 _INDEXES = (INDEX, "pytorch_model.bin.index.json")
-_ROWS = 4096
-"""Rows that are read at once."""
 _SINGLE = ("model.safetensors", "pytorch_model.bin", "model.pt")
 
 
@@ -161,43 +158,16 @@ def load_huggingface(
 
 def load(source: Source, shardings: PyTree | None = None, dtype: DTypeLike = np.float32) -> Weights:
     """Return the weights of an open checkpoint of any form; see `load_huggingface`."""
-    pieces: dict[str, dict[tuple[int, ...], str]] = {}
-    for tensor in source.tensors():
-        if not tensor.copy:
-            pieces.setdefault(tensor.path, {})[tensor.index] = tensor.huggingface
+    arrays = Arrays(source)
     places = flatten(shardings) if shardings is not None else {}
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {}
-    for path, shape in model_arrays(source.config).items():
+    for path, shape in arrays.shapes.items():
         kind = np.dtype(np.float32 if path.startswith("biases/") else dtype)
-
-        def read(index: tuple[slice, ...], names=pieces[path], shape=shape, kind=kind) -> np.ndarray:
-            return _read_part(source, names, shape, index, kind)
-
+        read = partial(arrays.read, path, dtype=kind)
         flat[path] = jax.make_array_from_callback(shape, places.get(path, local), read)
     tree = unflatten(flat)
     return Weights(source.config, tree["params"], tree.get("biases", {}))
-
-
-def _read_part(
-    source: Source,
-    names: Mapping[tuple[int, ...], str],
-    shape: tuple[int, ...],
-    index: tuple[slice, ...],
-    dtype: np.dtype[Any],
-) -> np.ndarray:
-    """Return array[index], of an array whose pieces are the tensors `names`."""
-    ranges = [range(size)[part] for size, part in zip(shape, index, strict=True)]
-    out = np.empty([len(part) for part in ranges], dtype)
-    lead = len(next(iter(names)))
-    rows, *columns = ranges[lead:]
-    kept = (columns[0].start, columns[0].stop) if columns else None
-    for at in np.ndindex(*out.shape[:lead]):
-        name = names[tuple(part[i] for part, i in zip(ranges, at, strict=False))]
-        for start in range(rows.start, rows.stop, _ROWS):  # Little more than the array itself is in memory.
-            stop = min(start + _ROWS, rows.stop)
-            out[at][start - rows.start : stop - rows.start] = read_values(source, name, start, stop, kept)
-    return out
 
 
 def plan_huggingface(source: Source, wanted: Format, shard_bytes: int) -> Plan:
@@ -266,11 +236,3 @@ def memory_source(
         source.problems.append(f"unexpected: {error}")
     source.add_copies()
     return source
-
-
-def read_values(source: Source, name: str, start: int, stop: int, columns: Columns = None) -> np.ndarray:
-    """Return rows of a tensor as numbers: FP8 weights multiplied out in float32, others as they are stored."""
-    values = source.stored[name].read(start, stop, columns)
-    if values.dtype == ml_dtypes.float8_e4m3fn:
-        return dequantize(values, source.scales(name), start, columns[0] if columns else 0)
-    return values

@@ -13,25 +13,34 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from dsjax.checkpoint.checksum import checksums
+from dsjax.checkpoint.checksum import checksum_of_rows, checksums
 
 log = logging.getLogger("dsjax.checkpoint")
 _SHARED_WRITING = 1 << 24
 """Bytes of a device's part from which several devices write what each of them has."""
+
+
+_AT_ONCE = 1 << 26
+"""Bytes of an array that are verified at once."""
+_BESIDE_CHUNK = 1 << 20
+"""Bytes that are kept beside a chunk of an array: what TensorStore knows of where it is."""
 
 
 class DamagedCheckpoint(Exception):
@@ -194,6 +203,24 @@ class Checkpoints:
         saved = self._contents(step)["arrays"]
         return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype, _) in saved.items()}
 
+    def on_disk(self, step: int, name: str) -> "SavedArray":
+        """Return an array of a step, by path, of which parts can be read. Raises DamagedCheckpoint if it cannot be
+        opened."""
+        return SavedArray(self._path(step) / "state", name)
+
+    def verify(self, step: int, names: Iterable[str]) -> None:
+        """Raise DamagedCheckpoint unless these arrays of a step are what was saved. Little of an array is in memory at
+        once; of several processes each reads some of the arrays, and all are told what any has found."""
+        saved = _agreed(lambda: self._contents(step))["arrays"]
+        own = list(names)[jax.process_index() :: jax.process_count()]
+
+        def look() -> None:
+            wrong = [name for name in own if f"{_checksum_on_disk(self.on_disk(step, name)):08x}" != saved[name][2]]
+            if wrong:
+                raise DamagedCheckpoint(f"checksum does not match: {_some(wrong)}")
+
+        _agreed(look)
+
     def wait(self) -> None:
         """Return when the last save is complete on disk. Raises SaveFailed if it is not."""
         while self._manager.is_saving_in_progress():
@@ -254,6 +281,47 @@ class Checkpoints:
             self._damaged.clear()
             self._manager.reload()
         self._saved = True
+
+
+class SavedArray:
+    """An array of a checkpoint on disk; what is indexed is read, and not verified.
+
+    Orbax divides arrays into chunks, one for each device that has written a part, and a chunk is read whole. The last
+    one that was read is kept, so that reading one small part after another costs no more than reading all.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._name, context = name, ocp.type_handlers.get_ts_context()
+        info = ocp.type_handlers.ParamInfo(
+            name=name, parent_dir=epath.Path(folder), use_zarr3=False, ts_context=context
+        )
+        with _damage(name):
+            spec = tensorstore.Spec(ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True))
+            found = tensorstore.open(spec, read=True, context=context).result()
+            chunk = prod(found.chunk_layout.read_chunk.shape) * found.dtype.numpy_dtype.itemsize
+            keeping = tensorstore.Context({"cache_pool": {"total_bytes_limit": chunk + _BESIDE_CHUNK}}, context)
+            self._store = tensorstore.open(spec, read=True, context=keeping).result()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self._store.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is behind an index of the first axis."""
+        return prod(self.shape[1:]) * self._store.dtype.numpy_dtype.itemsize
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with _damage(self._name):
+            return np.asarray(self._store[index])
+
+
+def _checksum_on_disk(array: SavedArray) -> int:
+    if not array.shape:
+        return checksum_of_rows(array[()], 0)
+    rows, size = array.shape[0], max(1, _AT_ONCE // array.row_bytes)
+    return sum(checksum_of_rows(array[at : min(at + size, rows)], at) for at in range(0, rows, size)) % 2**32
 
 
 def found_in(folder: Path) -> tuple[list[int], list[Path]]:

@@ -1,12 +1,9 @@
 """Weights out of the checkpoints of a training run, to be exported or sampled from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache, partial
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from dsjax.checkpoint.native import Checkpoints, NoUsableCheckpoint
 from dsjax.checkpoint.sources import RUN_FOLDER, CheckpointProblems, InMemory, Source, checkpoints_of, show_arrays
@@ -15,8 +12,8 @@ from dsjax.settings import from_dict
 
 FOLDER = RUN_FOLDER
 """Folder of a run that holds its checkpoints."""
-_AT_ONCE = 1 << 26
-"""Bytes of small arrays that are verified together: a read of Orbax's has a cost of its own."""
+_OPEN = 4
+"""Arrays of which the chunk that was read last is kept."""
 
 
 def open_run(
@@ -25,8 +22,8 @@ def open_run(
     """Open the weights in a run's newest undamaged checkpoint, or in that of `step`.
 
     A state has `params` and `biases` in the canonical layout, and `ema` beside them; its metadata has the `config`.
-    All weights are read once to find that they are whole, and again when they are used; the host needs room for the
-    largest array.
+    All weights are read once to find that they are whole, by several processes together, and those that are used again
+    when they are; the host needs room for what one device has written of the largest arrays.
 
     Args:
         path: folder of a run, or of its checkpoints.
@@ -50,8 +47,7 @@ def open_run(
         if absent:
             raise CheckpointProblems(folder / str(at), [f"the checkpoint has no {name}" for name in absent[:3]])
         if not headers_only:
-            for group in _groups({saved: shapes[saved] for saved in own.values()}):
-                checkpoints.read(at, group, partial=True)
+            checkpoints.verify(at, own.values())
         return config, shapes, own
 
     try:
@@ -68,16 +64,11 @@ def open_run(
         checkpoints.close()
         raise
 
-    @lru_cache(maxsize=1)
-    def host(path: str) -> np.ndarray:
-        name = own[path]
-        try:
-            return checkpoints.restore({name: _of(shapes[name])}, step, partial=True)[1][name]
-        except NoUsableCheckpoint as error:
-            raise CheckpointProblems(folder / str(step), str(error).splitlines()[1:]) from error
-
-    arrays = {path: InMemory(partial(host, path), shapes[name].shape, shapes[name].dtype) for path, name in own.items()}
-    source = Source("run", path, config, show_arrays(arrays), close=checkpoints.close)
+    opened = lru_cache(maxsize=_OPEN)(partial(checkpoints.on_disk, step))
+    arrays = {
+        path: InMemory(partial(opened, name), shapes[name].shape, shapes[name].dtype) for path, name in own.items()
+    }
+    source = Source("run", path, config, show_arrays(arrays), step=step, close=checkpoints.close)
     source.workers = 1  # More would each drop the array that another is reading from.
     source.notes.append(f"weights: {weights}, of step {step}")
     source.notes += [f"step {at} is damaged and was not used" for at in checkpoints.damaged]
@@ -92,21 +83,3 @@ def _model_of(metadata: Mapping[str, Any], where: Path) -> ModelConfig:
         raise CheckpointProblems(where, ["its metadata has no config of a model"]) from error
     except ValueError as error:
         raise CheckpointProblems(where, [f"its model: {error}"]) from error
-
-
-def _of(array: Any) -> np.ndarray:
-    """Return a numpy array of a shape and dtype, as `restore` wants it, without memory for its elements."""
-    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
-
-
-def _groups(arrays: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-    """Yield arrays by name in groups, each of at most `_AT_ONCE` bytes where an array is not larger by itself."""
-    group, filled = {}, 0
-    for name, array in arrays.items():
-        size = prod(array.shape) * array.dtype.itemsize
-        if group and filled + size > _AT_ONCE:
-            yield group
-            group, filled = {}, 0
-        group[name], filled = _of(array), filled + size
-    if group:
-        yield group

@@ -53,6 +53,8 @@ class Source:
     """What is wrong with its files."""
     unreadable: frozenset[str] | None = frozenset()
     """Names that only a broken file would hold, which are not to be called missing too; None if that is not known."""
+    step: int | None = None
+    """Which checkpoint of a run this is."""
     notes: list[str] = field(default_factory=list)
     """What a report should say of it, though nothing is wrong."""
     workers: int = 8
@@ -164,9 +166,9 @@ def _absent_modules(config: ModelConfig, names: list[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class InMemory:
-    """An array that `host` gives, or a piece of it."""
+    """An array that `host` gives, which may be one that reads what is indexed, or a piece of it."""
 
-    host: Callable[[], np.ndarray]
+    host: Callable[[], Any]
     shape: tuple[int, ...]
     numpy_dtype: Any
     index: tuple[int, ...] = ()
@@ -179,8 +181,7 @@ class InMemory:
 
     def read(self, start: int, stop: int, columns: Columns = None) -> np.ndarray:
         """Return rows start to stop."""
-        rows = self.host()[self.index][start:stop]
-        return rows[:, slice(*columns)] if columns else rows
+        return self.host()[(*self.index, slice(start, stop), *([slice(*columns)] if columns else []))]
 
 
 def show_arrays(arrays: Mapping[str, InMemory]) -> dict[str, Stored]:

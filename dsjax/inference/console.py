@@ -2,9 +2,11 @@
 
 import sys
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from dsjax.inference.batch import Line, LineSettings, answer
+from dsjax.inference.batch import Id, Line, LineSettings, answer
 from dsjax.inference.engine import Engine
 from dsjax.inference.load import Model
 from dsjax.inference.settings import EngineSettings
@@ -13,17 +15,16 @@ STRIDE = 256
 """A single answer's cache has a multiple of so many tokens, so that prompts of similar lengths share their programs."""
 
 
-def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int, speculate: int) -> None:
+def show_answer(model: Model, prompt: str, settings: LineSettings, engine_settings: EngineSettings) -> None:
     """Write a prompt and its continuation to stdout as it comes, and how fast it came to stderr.
 
     Args:
-        limit: most tokens of both; 0 for what the model was made for.
-        speculate: tokens to draft per step.
+        engine_settings: of the engine, whose context is cut to what may be needed.
 
     Raises:
         ValueError: the prompt is too long; nothing to draft with.
     """
-    limit = limit or model.context
+    limit = engine_settings.context or model.context
     length = 1 + len(model.tokenizer.encode([prompt], special=True)[0])
     if length >= limit:
         raise ValueError(
@@ -32,8 +33,7 @@ def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int, s
         )
     room = min(settings.max_tokens, limit - length)
     context = -(-(length + room) // STRIDE) * STRIDE
-    how = EngineSettings(slots=1, context=context, shortest_table=context, prefix_bytes=0, speculate=speculate)
-    engine = Engine(model, how)
+    engine = Engine(model, replace(engine_settings, context=context, shortest_table=context, prefix_bytes=0))
     request = engine.submit(prompt, settings.sampling, max_tokens=room, stop=settings.stop)
     print(prompt, end="", flush=True)
     try:
@@ -51,24 +51,21 @@ def show_answer(model: Model, prompt: str, settings: LineSettings, limit: int, s
 
 
 def show_answers(
-    model: Model, lines: list[Line], output: Path, limit: int, slots: int, speculate: int, done: int
+    model: Model, lines: Sequence[Line], output: Path, settings: EngineSettings, done: Collection[Id]
 ) -> None:
     """Append the answers to prompts to a file, and write to stderr how many there were.
 
     Args:
-        limit: most tokens of a prompt and its answer; 0 for what the model was made for.
-        slots: prompts that are continued at the same time.
-        speculate: tokens to draft per step.
-        done: prompts that are not among the lines, because the file has their answers.
+        settings: of the engine.
+        done: ids of the prompts that the file has answers to.
 
     Raises:
         ValueError: nothing to draft with.
     """
-    how = EngineSettings(slots=min(slots, max(1, len(lines))), context=limit, speculate=speculate)
-    engine = Engine(model, how)
+    engine = Engine(model, settings)
     start, answers, errors, tokens = time.monotonic(), 0, 0, 0
     try:
-        for request in answer(engine, lines, output):
+        for request in answer(engine, [line for line in lines if line.id not in done], output):
             if request is None:
                 errors += 1
             else:
@@ -77,7 +74,7 @@ def show_answers(
         print("dsjax: stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     print(
-        f"dsjax: {answers} answers, {errors} errors, {done} that were there; {tokens} tokens in "
+        f"dsjax: {answers} answers, {errors} errors, {len(done)} that were there; {tokens} tokens in "
         f"{time.monotonic() - start:.1f} s, {engine.prefix.hit_rate:.0%} of prompts from the prefix cache"
         f"{_drafts(engine)}",
         file=sys.stderr,

@@ -1,12 +1,13 @@
 """A deployment: a model, the units of devices that serve it, and how much each does at once; a file in
 `configs/serving`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from dsjax.config import ModelConfig
 from dsjax.inference.layout import Layout, check_engine
 from dsjax.inference.settings import EngineSettings
+from dsjax.settings import NoOptions, load_run
 
 Work = Literal["prefill", "decode"]
 
@@ -36,3 +37,23 @@ class Deployment:
         """Raises ValueError for a layout that the model, or settings that the layout cannot have."""
         self.layout.check(self.model)
         check_engine(self.engine, self.layout)
+
+
+def chosen(name: str, engine: EngineSettings) -> tuple[Layout, EngineSettings]:
+    """Return the layout and the engine's settings of a deployment; or of a single device, if none is named.
+
+    Args:
+        name: a file, or one of `configs/serving`; its model is only for plans.
+        engine: what is set here, other than the defaults, wins; slots are rounded up to a multiple of the groups.
+
+    Raises:
+        ValueError: no such file, something wrong in it, or settings that its layout cannot have.
+    """
+    if not name:
+        return Layout(), engine
+    deployment, _ = load_run([name], NoOptions, "serve", Deployment)
+    given = {f.name: value for f in fields(EngineSettings) if (value := getattr(engine, f.name)) != f.default}
+    settings, groups = replace(deployment.engine, **given), deployment.layout.groups
+    settings = replace(settings, slots=-(-settings.slots // groups) * groups)
+    check_engine(settings, deployment.layout)
+    return deployment.layout, settings

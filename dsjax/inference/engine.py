@@ -7,110 +7,26 @@ step ahead: it looks at the tokens of a step when the device already has the nex
 several tokens, and until it has looked the host knows only between which bounds a request's length is.
 """
 
-import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 
 from dsjax.inference.disk import DiskTier, fingerprint
 from dsjax.inference.load import Model
 from dsjax.inference.pages import PagePool, PrefixCounts
-from dsjax.inference.passes import Passes, Piece, Row
+from dsjax.inference.passes import Passes, Piece
 from dsjax.inference.rebalance import Rebalancer
-from dsjax.inference.request import Request, Token
-from dsjax.inference.sampling import Drawn, Sampling
+from dsjax.inference.request import Request
+from dsjax.inference.running import EngineCounts, InFlight, Running, tokens_of
+from dsjax.inference.sampling import Sampling
 from dsjax.inference.settings import EngineSettings
 from dsjax.inference.speculation import Verified
 from dsjax.inference.text import StopStrings, TextStream, reopen_last_token
-
-_serials = itertools.count()
-
-
-@dataclass(eq=False)
-class Running:
-    """A request that has a slot."""
-
-    request: Request
-    group: int
-    """Of devices, which has its slot and its pages."""
-    slot: int
-    ids: list[int]
-    """Prompt and answer, as far as the host knows them."""
-    prompt: int
-    """How many of them are to be read before the next is chosen: the prompt and, after a preemption, the answer."""
-    pages: list[int]
-    length: int
-    """Tokens that the cache has, or will at most have when the device is done with its work."""
-    drawn: int
-    """Tokens of the answer that are chosen, or at least will be."""
-    digests: list[bytes]
-    """Of the full pages that can be found, behind that of nothing."""
-    serial: int = field(default_factory=lambda: next(_serials))
-
-    @property
-    def is_read(self) -> bool:
-        """Whether its prompt has been."""
-        return self.length >= self.prompt
-
-    @property
-    def wants_more(self) -> bool:
-        """Whether another token may follow those chosen."""
-        return self.is_read and self.drawn < self.request.max_tokens
-
-    @property
-    def row(self) -> Row:
-        """Its place in a pass."""
-        return Row(self.group, self.serial, self.slot, self.pages, self.length, self.request.sampling, self.end)
-
-    @property
-    def end(self) -> int:
-        """Tokens that prompt and answer may have; the last is never read."""
-        return len(self.request.prompt) + self.request.max_tokens
-
-    def room(self, page_size: int) -> int:
-        """Return the tokens that its pages have room for."""
-        return len(self.pages) * page_size
-
-
-class InFlight(NamedTuple):
-    """Work that the device has."""
-
-    step: int
-    result: Drawn | Verified
-    batch: list[Running]
-    places: list[int]
-    """Where in the result each of them is."""
-
-
-@dataclass
-class EngineCounts:
-    """What an engine has done."""
-
-    steps: int = 0
-    prompt_tokens_read: int = 0
-    """Without those that the prefix cache had; again after a preemption."""
-    tokens: int = 0
-    """Of answers."""
-    preemptions: int = 0
-    drafted: int = 0
-    """Drafts that the main model has read."""
-    accepted: int = 0
-    """Of these, those that it chose too, behind others that it chose."""
-    accepted_at: list[int] = field(default_factory=list)
-    """Of these, the first ones of a step, the second ones, and so on."""
-
-    @property
-    def acceptance(self) -> float:
-        """`accepted` / `drafted`; 0 before there was a draft."""
-        return self.accepted / self.drafted if self.drafted else 0.0
 
 
 class Engine:
@@ -389,9 +305,11 @@ class Engine:
             if taken[running.group] > left[running.group]:
                 full.add(running.group)
                 continue
-            found.append((running, count))
-            if sum(other.group == running.group for other, _ in found) == self._passes.most_pieces:
+            own = [length for other, length in found if other.group == running.group]
+            if own and len(own) >= self._passes.most_pieces(max(*own, count)):
                 full.add(running.group)
+                continue
+            found.append((running, count))
         return found
 
     def _decode(self) -> None:
@@ -438,7 +356,7 @@ class Engine:
         """Hand out the tokens of steps before one; this waits for the device."""
         while self._in_flight and self._in_flight[0].step < before:
             _, result, batch, places = self._in_flight.popleft()
-            answers = _tokens(result, places, [running.request for running in batch])
+            answers = tokens_of(result, places, [running.request for running in batch])
             drafted = np.asarray(result.drafted) if isinstance(result, Verified) else None
             for running, tokens, place in zip(batch, answers, places, strict=True):
                 # A step was under way when the request ended.
@@ -476,31 +394,3 @@ class Engine:
 
 def _age(running: Running) -> int:
     return running.request.number
-
-
-def _tokens(result: Drawn | Verified, places: Sequence[int], requests: Sequence[Request]) -> list[list[Token]]:
-    """Read a pass' results from the device: the next tokens of each request.
-
-    Args:
-        places: of the requests in the results.
-    """
-    drawn, taken = result, np.ones(max(places) + 1, int)
-    if isinstance(result, Verified):
-        drawn, taken = result.drawn, np.asarray(result.taken)
-    # All but the tokens only if somebody wants it.
-    whole = any(request.sampling.logprobs is not None for request in requests)
-    fields = jax.device_get(drawn) if whole else [np.asarray(drawn.tokens)]
-    ids, *told = (np.reshape(field, (len(field), -1, *field.shape[drawn.tokens.ndim :])) for field in fields)
-
-    def token(row: int, at: int, count: int | None) -> Token:
-        id = int(ids[row, at])
-        if count is None:
-            return Token(id)
-        logprob, likeliest, best = (field[row, at] for field in told)
-        pairs = zip(likeliest[:count].tolist(), best[:count].tolist(), strict=True)
-        return Token(id, float(logprob), tuple(pairs))
-
-    return [
-        [token(place, at, request.sampling.logprobs) for at in range(taken[place])]
-        for place, request in zip(places, requests, strict=True)
-    ]

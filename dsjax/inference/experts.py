@@ -10,12 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.model.dispatch import LocalCourier
-from dsjax.runtime import Exchange, ExpertFunction
+from dsjax.runtime import Exchange, ExpertFunction, target_platform
+
+
+ALIGNED = 8
+"""Rows of a block, in passes in which experts have several rows."""
 
 
 def are_few(tokens: int, per_token: int, num_experts: int) -> bool:
-    """Whether a pass is so small that most experts of a layer are not, or only just, used."""
-    return tokens * per_token <= num_experts
+    """Whether a pass is so small that most experts of a layer are not, or only just, used; on a CPU every one is, whose
+    products read each expert where it is."""
+    return target_platform() == "cpu" or tokens * per_token <= num_experts
 
 
 def apart(layers: PyTree) -> tuple[PyTree, PyTree]:
@@ -36,8 +41,9 @@ def exchange_within_row(layer: Int[Array, ""] | int, layers: int) -> Exchange:
         num_experts: int,
     ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
         numbers = jnp.where(indices < num_experts, layer * num_experts + indices, layers * num_experts)
-        # Groups of one row need no padding.
-        y, _ = experts(LocalCourier(numbers, layers * num_experts, alignment=1), x, weights)
+        # Groups of a row or two need no padding; larger ones are faster in whole blocks.
+        alignment = ALIGNED if indices.size >= ALIGNED // 2 * num_experts else 1
+        y, _ = experts(LocalCourier(numbers, layers * num_experts, alignment), x, weights)
         return y, jnp.ones((), jnp.int32)
 
     return exchange

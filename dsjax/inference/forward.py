@@ -32,6 +32,9 @@ from dsjax.model.layers import rms_norm
 from dsjax.model.moe import MoEAux, moe
 from dsjax.model.rope import rotation
 from dsjax.model.transformer import bias_of
+from dsjax.numerics.weights import Fp8Weight
+from dsjax.pallas.choice import resolve
+from dsjax.pipeline.equations import without_gradient_rules
 from dsjax.pipeline.overlap import interleaved
 from dsjax.runtime import Exchange, full_precision
 
@@ -179,7 +182,7 @@ def _in_turns(
         return tuple(ends), made
 
     def step(xs: tuple[Array, ...], several: PyTree) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-        xs, (first, second) = interleaved(some_layers)(xs, several)
+        xs, (first, second) = interleaved(without_gradient_rules(some_layers), strictly=True)(xs, several)
         pairs = list(zip(first, second, strict=True))
         entries = jnp.stack([jnp.concatenate([a, b]) for (a, _), (b, _) in pairs])
         return xs, (entries, jnp.stack([a + b for (_, a), (_, b) in pairs]))
@@ -201,7 +204,7 @@ def moe_networks(
     """
     shared = {}
     few = are_few(tokens, config.num_experts_per_tok, config.n_routed_experts)
-    if in_row := few and not runtime.is_divided:
+    if in_row := few and not runtime.is_divided and not _by_kernels(layers["moe"]["experts"]["down"]):
         layers, row = apart(layers)
         shared = {"experts": row}
 
@@ -217,6 +220,11 @@ def moe_networks(
         return x + y, aux
 
     return layers, network
+
+
+def _by_kernels(weight: Array | Fp8Weight) -> bool:
+    """Whether products are the FP8 kernels', whose groups of rows are of 128: one of every layer's would be much."""
+    return isinstance(weight, Fp8Weight) and resolve(weight.recipe.impl) != "xla"
 
 
 Form = Callable[[Float[Array, "B N Q"], Float[Array, "B N W"], ModelConfig], Float[Array, "B N D"]]

@@ -95,6 +95,8 @@ class Layout:
             raise ValueError(
                 f"layout.shared_as_routed = True: needs model.n_shared_experts = 1, not {model.n_shared_experts}"
             )
+        if self.devices == 1 and not self.is_plain(model):
+            raise ValueError(f"layout.slots = {self.slots} on a single device: must be 0, and without shared_as_routed")
         if self.is_plain(model) and (self.replicas == "balanced" or self.rebalance):
             name, value = ("replicas", "balanced") if self.replicas == "balanced" else ("rebalance", self.rebalance)
             raise ValueError(f"layout.{name} = {value!r}: needs more slots than experts; raise layout.slots")

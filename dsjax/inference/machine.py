@@ -1,8 +1,8 @@
 """What a device of a unit shares with others inside a program: heads and tokens with its group, experts with all.
 
 Between the parts of layers a device has its share of the group's tokens [1, T', D]; attention is given them all, of
-some heads (report section 3.4: tensor parallelism with sequence parallelism). On a single device, of a layout of one,
-all of it is the identity, and tokens keep their shape [B, N, D].
+some heads (report section 3.4: tensor parallelism with sequence parallelism). In a
+group of one all of it is the identity, and tokens keep their shape [B, N, D].
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -54,7 +54,7 @@ class Machine(Runtime):
 
     def share(self, x: Shaped[Array, "B N *_"]) -> Shaped[Array, "b n *_"]:
         """Return this device's share of the tokens of its group, of which each device of it has all."""
-        if not self.is_divided:
+        if self.layout.tensor == 1:
             return x
         tokens = _in_shares(x.reshape(1, -1, *x.shape[2:]), self.layout.tensor)
         length = tokens.shape[1] // self.layout.tensor
@@ -66,10 +66,10 @@ class Machine(Runtime):
         Args:
             shape: of the tokens, [B, N].
         """
-        if not self.is_divided:
+        if self.layout.tensor == 1:
             return shares
         leaves, structure = jax.tree.flatten(shares)
-        with jax.named_scope("combine"):  # to `pipeline.overlap`, a part that is on the network
+        with jax.named_scope("tensor"):
             tokens = lax.all_gather(jnp.concatenate([leaf[0] for leaf in leaves], axis=-1), TENSOR, tiled=True)
         tokens = tokens[: shape[0] * shape[1]].reshape(*shape, -1)
         ends = list(accumulate(leaf.shape[-1] for leaf in leaves))[:-1]
@@ -77,16 +77,16 @@ class Machine(Runtime):
 
     def summed(self, parts: Float[Array, "B N D"]) -> Float[Array, "b n D"]:
         """Return this device's share of the sums of what all devices of the group have of their tokens."""
-        if not self.is_divided:
+        if self.layout.tensor == 1:
             return parts
         tokens = _in_shares(parts.reshape(1, -1, parts.shape[-1]), self.layout.tensor)
-        with jax.named_scope("combine"):
+        with jax.named_scope("tensor"):
             return lax.psum_scatter(tokens, TENSOR, scatter_dimension=1, tiled=True)
 
     def scores(self, params: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of normalized states, of which each device of the group makes those of some words."""
         own = logits(params, hidden)
-        return lax.all_gather(own, TENSOR, axis=own.ndim - 1, tiled=True) if self.is_divided else own
+        return lax.all_gather(own, TENSOR, axis=own.ndim - 1, tiled=True) if self.layout.tensor > 1 else own
 
     def exchange_of_layer(self, config: ModelConfig, tables: Tables | None) -> Exchange:
         """Return the exchange of a layer.

@@ -31,7 +31,7 @@ from dsjax.inference.programs import (
 from dsjax.inference.rebalance import Rebalancer, RebalanceSettings
 from dsjax.inference.replicas import loads_with_shared
 from dsjax.inference.sampling import Drawn, Sampling, choice
-from dsjax.inference.settings import SMALLEST_PIECE, EngineSettings, fitting, sizes
+from dsjax.inference.settings import SMALLEST_PIECE, EngineSettings, batch_sizes, fitting, sizes
 from dsjax.inference.speculation import Verified, prefill_and_draft, verify_and_draft
 from dsjax.inference.weights import moe_layers
 from dsjax.parallel.placement import Placement
@@ -138,7 +138,7 @@ class Passes:
         self._take_loads = jax.jit(take_loads, donate_argnums=0, out_shardings=(self._shared, divided))
         self._everything = jax.device_put(np.ones((1, self._vocab_size), bool), self._shared)
         rows = self._micro_batches
-        self._batch_sizes = sizes(rows, -(-self.slots // rows) * rows)
+        self._batch_sizes = batch_sizes(rows, -(-self.slots // rows) * rows)
         self._table_sizes = sizes(max(1, settings.shortest_table // page_size), needed)
         self._piece_sizes = sizes(SMALLEST_PIECE, settings.prefill_tokens)
         self._continuing: list[tuple[int, ...]] = []
@@ -149,16 +149,17 @@ class Passes:
         """Most tokens that one pass reads of a prompt."""
         return self._piece_sizes[-1]
 
-    @property
-    def most_pieces(self) -> int:
-        """Most pieces of a group in a pass."""
-        return self._micro_batches
+    def most_pieces(self, longest: int) -> int:
+        """Return the most pieces of a group in a pass, of which the longest has so many tokens."""
+        return max(self._micro_batches, self.largest_piece // fitting(self._piece_sizes, longest))
 
     def prefill(self, pieces: Sequence[Piece]) -> tuple[Drawn, list[int]]:
         """Read pieces of prompts; return the tokens chosen behind them, and where in the results each piece is."""
-        count = self._micro_batches
+        longest = max(len(piece.ids) for piece in pieces)
+        few = max(Counter(piece.row.group for piece in pieces).values()) <= self._micro_batches
+        count = self._micro_batches if few else self.most_pieces(longest)
         by_group, places = self._arranged([piece.row for piece in pieces], count)
-        length = fitting(self._piece_sizes, max(len(piece.ids) for piece in pieces))
+        length = fitting(self._piece_sizes, longest)
         tokens, counts = np.zeros((self.groups * count, length), np.int32), np.ones(self.groups * count, np.int32)
         ends = np.zeros(self.groups * count, bool)
         allowed = None
@@ -246,7 +247,9 @@ class Passes:
             row = Row(0, -1, self.slots, (0,) * pages, 0, PADDING, 0)
             for shorter, length in zip([0, *self._piece_sizes], self._piece_sizes, strict=False):
                 if shorter < pages * page_size:
-                    self.prefill([Piece(row, [0] * length, None, is_last=False)])
+                    piece = Piece(row, [0] * length, None, is_last=False)
+                    for count in {1, self.most_pieces(length)}:
+                        self.prefill([piece] * count)
             for count in self._batch_sizes:
                 self.decode([row] * count)
         self.mark_seen(0, self.slots, [])

@@ -87,7 +87,7 @@ def program(results: int) -> Callable[[Callable[..., tuple]], Callable[..., tupl
                 return on_unit(config, runtime)(*args)
             return alone(*args, config=config, runtime=runtime)
 
-        run.alone = alone
+        run.alone, run.on_unit = alone, on_unit
         return run
 
     return decorate

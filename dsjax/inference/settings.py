@@ -1,8 +1,12 @@
 """The settings of an engine."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dsjax.inference.cache import CacheFormat
+
+Precision = Literal["auto", "bf16", "fp32", "fp8"]
+"""Of weights and their products; see `load_model`."""
 
 SMALLEST_PIECE = 16
 """Tokens of the shortest program that reads prompts."""
@@ -70,6 +74,11 @@ def sizes(smallest: int, largest: int, factor: int = 4) -> list[int]:
         found.append(smallest)
         smallest *= factor
     return [*found, largest]
+
+
+def batch_sizes(smallest: int, largest: int) -> list[int]:
+    """Return sizes of batches: the smallest, four times as many, and from there on twice as many as the one before."""
+    return [smallest, *sizes(4 * smallest, largest, factor=2)] if 4 * smallest < largest else sizes(smallest, largest)
 
 
 def fitting(sizes: list[int], needed: int) -> int:

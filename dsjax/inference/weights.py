@@ -6,8 +6,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int32, PyTree
 
+from dsjax.checkpoint.blocks import BLOCK
 from dsjax.config import ModelConfig
-from dsjax.inference.layout import Layout
+from dsjax.inference.layout import TENSOR, Layout, weight_spec
 from dsjax.inference.replicas import Tables, in_slots, loads_with_shared, shared_as_routed, tables_of
 from dsjax.model.layers import cast_weights
 from dsjax.numerics.weights import Fp8Weight, quantize_weights
@@ -64,8 +65,25 @@ def arranged(
 def _in_slots(layers: PyTree, config: ModelConfig, layout: Layout, held: Int32[np.ndarray, "L R"]) -> PyTree:
     network = shared_as_routed(layers["moe"], config) if layout.shared_as_routed else layers["moe"]
     network = network | {"experts": in_slots(network["experts"], held)}
-    tables = tables_of(Placement(held, layout.experts(config), layout.devices, layout.node))
-    return layers | {"moe": network, "tables": Tables(*map(jnp.asarray, tables))}
+    return layers | {"moe": network, "tables": Tables(*map(jnp.asarray, tables_of_slots(held, config, layout)))}
+
+
+def tables_of_slots(held: Int32[np.ndarray, "L R"], config: ModelConfig, layout: Layout) -> Tables:
+    """Return who is where, on the host."""
+    return tables_of(Placement(held, layout.experts(config), layout.devices, layout.node))
+
+
+def check_blocks(params: PyTree, layout: Layout) -> None:
+    """Raises ValueError where a layout cuts weights in FP8, or their shapes, through blocks that share a scale."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_quantized):
+        if not _is_quantized(leaf):
+            continue
+        for size, over in zip(leaf.codes.shape, weight_spec(path), strict=False):
+            if over == TENSOR and layout.tensor > 1 and size // layout.tensor % BLOCK:
+                raise ValueError(
+                    f"layout.tensor = {layout.tensor}: must divide the {size} rows or columns of {leaf.name} in FP8 "
+                    f"into whole blocks of {BLOCK}; take precision = 'bf16', or fewer devices to a group"
+                )
 
 
 def _quantized(params: PyTree) -> PyTree:
@@ -77,4 +95,8 @@ def _quantized(params: PyTree) -> PyTree:
             return leaf
         return leaf.master if path[-1].key == "kv_b" else leaf.kept()
 
-    return jax.tree_util.tree_map_with_path(keep, quantized, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
+    return jax.tree_util.tree_map_with_path(keep, quantized, is_leaf=_is_quantized)
+
+
+def _is_quantized(leaf: object) -> bool:
+    return isinstance(leaf, Fp8Weight)

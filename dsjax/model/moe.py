@@ -60,9 +60,6 @@ def moe(
     tokens = x.reshape(-1, config.hidden_size)
     routing = route(params["router"], ctx.router_bias, tokens, config)
     if ctx.real is not None:
-        nobody = jnp.where(ctx.real.reshape(-1, 1), routing.indices, config.n_routed_experts)
-        routing = routing._replace(indices=nobody.astype(routing.indices.dtype))
-    if ctx.real is not None:
         indices = jnp.where(ctx.real.reshape(-1, 1), routing.indices, config.n_routed_experts)
         routing = routing._replace(indices=indices)
 

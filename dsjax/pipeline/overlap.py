@@ -97,9 +97,7 @@ def _components(jaxpr: jex.Jaxpr) -> dict[jex.Var, _Component]:
     return component_of
 
 
-def _moments(
-    jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component], strictly: bool
-) -> dict[jex.Var, _Moment]:
+def _moments(jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component], strictly: bool) -> dict[jex.Var, _Moment]:
     """Divide every component into parts: by its hops, or by those of its products that wait for each other.
 
     Strictly, a part of the network is a hop and what it takes, and there are as many parts of the computing beside it;

@@ -10,9 +10,11 @@ from types import FrameType
 
 import uvicorn
 
+from dsjax.inference.deployment import chosen
 from dsjax.inference.engine import Engine
 from dsjax.inference.load import load_model
-from dsjax.inference.settings import EngineSettings
+from dsjax.inference.settings import EngineSettings, Precision
+from dsjax.parallel.hosts import simulate_devices
 from dsjax.serving.app import make_app
 from dsjax.serving.chat import ChatTemplate
 from dsjax.serving.service import Service
@@ -22,13 +24,23 @@ LINGER = 5
 """Seconds for the last bytes of responses, when all answers have ended."""
 
 
-def serve(path: str, engine_settings: EngineSettings, settings: ServerSettings, *, ema: bool = False) -> int:
+def serve(
+    path: str,
+    engine_settings: EngineSettings,
+    settings: ServerSettings,
+    deployment: str = "",
+    *,
+    ema: bool = False,
+    precision: Precision = "auto",
+) -> int:
     """Serve a model until SIGTERM or Ctrl-C; return the command's exit status.
 
     Args:
         path: folder of a run, or of weights.
         engine_settings: of the engine.
         settings: of the server.
+        deployment: see `deployment.chosen`.
+        precision: see `load_model`.
         ema: whether to take the moving average of a run's weights.
 
     Raises:
@@ -39,7 +51,10 @@ def serve(path: str, engine_settings: EngineSettings, settings: ServerSettings, 
         key = settings.api_key or os.environ.get("DSJAX_API_KEY", "")
         if not key and settings.host not in ("127.0.0.1", "::1", "localhost"):
             _say(f"warning: everybody who reaches {settings.host} may use this server; give it an --api-key")
-        model = load_model(path, ema=ema, mtp=engine_settings.speculate > 0)
+        layout, engine_settings = chosen(deployment, engine_settings)
+        simulate_devices(layout.devices)
+        how = {"layout": layout, "precision": precision}
+        model = load_model(path, ema=ema, mtp=engine_settings.speculate > 0, **how)
         template = ChatTemplate.load(Path(path), model.tokenizer, model.opening)
         _say(f"{model.origin}; chat template: {template.origin}")
         engine = Engine(model, engine_settings)

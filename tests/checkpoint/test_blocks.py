@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsjax.checkpoint.arrays import read_values
 from dsjax.checkpoint.blocks import dequantize, e4m3_to_float32, float32_to_e4m3, quantize
-from dsjax.checkpoint.huggingface import open_huggingface, read_values
+from dsjax.checkpoint.huggingface import open_huggingface
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v3"
 E4M3 = ml_dtypes.float8_e4m3fn

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from dsjax.checkpoint import files
-from dsjax.checkpoint.huggingface import _read_part, load, load_huggingface, open_huggingface, save_huggingface
+from dsjax.checkpoint.arrays import Arrays
+from dsjax.checkpoint.huggingface import load, load_huggingface, open_huggingface, save_huggingface
 from dsjax.checkpoint.sources import CheckpointProblems
 from dsjax.model.layout import stack
 from dsjax.model.transformer import abstract_parameters
@@ -101,9 +102,8 @@ def test_only_the_bytes_of_this_process_are_read(monkeypatch):
     reads.clear()
     experts = sharded.params["layers"]["1"]["moe"]["experts"]["gate_up"]
     source = open_huggingface(GOLDEN / "v3" / "hf")
-    names = {(3, j): f"model.layers.1.mlp.experts.3.{name}_proj.weight" for j, name in enumerate(("gate", "up"))}
     part = (slice(3, 4), slice(0, 2), slice(8, 16), slice(None))
-    found = _read_part(source, names, experts.shape, part, np.dtype(np.float32))
+    found = Arrays(source).read("params/layers/1/moe/experts/gate_up", part, np.float32)
     assert (found == np.asarray(experts[part])).all()
     assert sum(reads) == found.nbytes, "and of a part, the part's"
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsjax.checkpoint import runs
+from dsjax.checkpoint import native
 from dsjax.checkpoint.conversion import convert
 from dsjax.checkpoint.forms import make_plan, open_checkpoint
 from dsjax.checkpoint.huggingface import load, load_huggingface
@@ -108,7 +108,7 @@ def _empty(folder, step):
 
 @pytest.mark.parametrize(("damage", "at_once"), [(_flip, 1), (_flip, 1 << 26), (_garble, 1 << 26), (_empty, 1 << 26)])
 def test_a_damaged_newest_step_is_passed_over_with_a_warning(run, tmp_path, caplog, monkeypatch, damage, at_once):
-    monkeypatch.setattr(runs, "_AT_ONCE", at_once)
+    monkeypatch.setattr(native, "_AT_ONCE", at_once)
     folder, config, *_ = run
     folder = shutil.copytree(folder, tmp_path / "run")
     damage(folder, 2)

@@ -44,17 +44,32 @@ def test_seeds_and_settings(generated):
     assert text("--ema") != text()
 
 
-def test_speculation_changes_the_speed_alone(generated, run, tmp_path, capsys):
+def test_speculation_changes_the_speed_alone(generated):
     plain, found = (generated("--prompt", "def ", "--max-tokens=20", *argv) for argv in ((), ("--speculate", "2")))
     assert found.out == plain.out
     assert re.search(r"20 tokens in .* tokens/s, \d+% of \d+ drafts accepted", found.err), found.err
     assert "drafts" not in plain.err
-    without = shutil.copytree(run, tmp_path / "without")
-    text = (without / "config.toml").read_text()
-    (without / "config.toml").write_text(text.replace("num_nextn_predict_layers = 1", "num_nextn_predict_layers = 0"))
-    with pytest.raises(SystemExit):
-        main([str(without), "--speculate", "1"])
-    assert "speculate = 1: must be 0, because the model has no MTP modules" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_unit_of_devices_writes_the_same(generated, tmp_path):
+    asked = ("--prompt", "def ", "--max-tokens=12", "--precision", "fp32")
+    alone = generated(*asked)
+    assert generated(*asked, "--deployment", "tiny_decode").out == alone.out
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "def {name}"}}\n' for name in "abc"))
+    found = generated("--prompts", str(prompts), "--output", str(output), "--deployment", "tiny_prefill")
+    assert found.err.count("3 answers, 0 errors") == 1 and len(output.read_text().splitlines()) == 3
+
+
+def test_a_deployment_that_is_none(generated, capsys):
+    for name, message in (
+        ("nowhere", "nowhere: no such file, and no packaged deployment (tiny_decode, tiny_prefill, v3_decode_144"),
+        ("v3_decode_144", "144 devices"),
+    ):
+        with pytest.raises(SystemExit):
+            generated("--deployment", name)
+        assert message in capsys.readouterr().err
 
 
 def test_an_empty_prompt_begins_a_document(generated):

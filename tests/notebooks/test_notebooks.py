@@ -11,9 +11,10 @@ ENDS = {
     "01_a_small_deepseek": "def ",
     "02_dualpipe": "pipeline  DualPipe, 4 ranks",
     "03_fp8": "             mean error",
+    "04_inference": "def ",
 }
 """How the last output of each begins."""
-SHORT = {"01_a_small_deepseek": "seconds = 3", "03_fp8": "steps = 3"}
+SHORT = {"01_a_small_deepseek": "seconds = 3", "03_fp8": "steps = 3", "04_inference": "seconds = 3"}
 """Parameters that make a notebook short."""
 
 
