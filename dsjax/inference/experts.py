@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from dsjax.model.dispatch import LocalCourier
 from dsjax.runtime import Exchange, ExpertFunction, target_platform
 
-
 ALIGNED = 8
 """Rows of a block, in passes in which experts have several rows."""
 
