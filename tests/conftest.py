@@ -1,11 +1,14 @@
 """How tests run: shapes checked, eight CPU devices, compiled programs kept between runs."""
 
+import gc
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -40,3 +43,17 @@ if not jax.config.jax_compilation_cache_dir:
 # The first example of a property may compile; how long a machine takes says nothing about dsjax.
 settings.register_profile("dsjax", deadline=None)
 settings.load_profile("dsjax")
+
+MOST_MAPS = 20_000
+"""Parts of a process' memory that may be mapped after a file of tests. Every compiled program has some, and Linux
+allows 65,530: at that, XLA crashes while it compiles."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_freed() -> Iterator[None]:
+    """Let go of compiled programs between files of tests, when there are many; they are in the cache on disk."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
