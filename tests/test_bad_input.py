@@ -282,7 +282,7 @@ CONFIGS = {
     ),
     "no chip of that name": Case("plan {here}/run.toml --chip h900", "chip = 'h900': must be one of 'h800', 'h100',"),
     "no benchmark of that name": Case(
-        "bench trian", "unknown command 'trian': must be one of train, overlap, kernels\n"
+        "bench trian", "unknown command 'trian': must be one of train, overlap, generate, kernels\n"
     ),
 }
 
