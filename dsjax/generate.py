@@ -84,9 +84,9 @@ def main(argv: Sequence[str]) -> None:
         done = finished(Path(options.output), lines) if options.prompts else set()
         slots = min(options.slots, max(1, len(lines) - len(done)))
         given = EngineSettings(slots=slots, context=options.max_context, speculate=options.speculate)
-        layout, engine = chosen(options.deployment, given)
+        layout, engine, precision = chosen(options.deployment, given, options.precision)
         simulate_devices(layout.devices)
-        how = {"ema": options.ema, "mtp": engine.speculate > 0, "precision": options.precision}
+        how = {"ema": options.ema, "mtp": engine.speculate > 0, "precision": precision}
         model = load_model(options.path, layout=layout, **how)
         print(f"dsjax: {model.origin}", file=sys.stderr)
         if options.prompts:

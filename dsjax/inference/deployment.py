@@ -6,7 +6,7 @@ from typing import Literal
 
 from dsjax.config import ModelConfig
 from dsjax.inference.layout import Layout, check_engine
-from dsjax.inference.settings import EngineSettings
+from dsjax.inference.settings import EngineSettings, Precision
 from dsjax.settings import NoOptions, load_run
 
 Work = Literal["prefill", "decode"]
@@ -18,8 +18,9 @@ class Deployment:
 
     model: ModelConfig
     """The model."""
-    precision: Literal["bf16", "fp8"] = "bf16"
-    """Format of weights and their products: `fp8` has those of attention, feed-forward layers and experts in FP8."""
+    precision: Literal["auto", "bf16", "fp8"] = "auto"
+    """Format of weights and their products: `fp8` has those of attention, feed-forward layers and experts in FP8;
+    `auto` is as `load_model` has it, and in plans 16 bits."""
     work: Work = "decode"
     """What a unit is for, where prompts are read and answers written by different ones; a unit can do both."""
     layout: Layout = field(default_factory=Layout)
@@ -39,21 +40,22 @@ class Deployment:
         check_engine(self.engine, self.layout)
 
 
-def chosen(name: str, engine: EngineSettings) -> tuple[Layout, EngineSettings]:
-    """Return the layout and the engine's settings of a deployment; or of a single device, if none is named.
+def chosen(name: str, engine: EngineSettings, precision: Precision) -> tuple[Layout, EngineSettings, Precision]:
+    """Return layout, engine's settings and precision of a deployment; or of a single device, if none is named.
 
     Args:
         name: a file, or one of `configs/serving`; its model is only for plans.
         engine: what is set here, other than the defaults, wins; slots are rounded up to a multiple of the groups.
+        precision: wins, too.
 
     Raises:
         ValueError: no such file, something wrong in it, or settings that its layout cannot have.
     """
     if not name:
-        return Layout(), engine
+        return Layout(), engine, precision
     deployment, _ = load_run([name], NoOptions, "serve", Deployment)
     given = {f.name: value for f in fields(EngineSettings) if (value := getattr(engine, f.name)) != f.default}
     settings, groups = replace(deployment.engine, **given), deployment.layout.groups
     settings = replace(settings, slots=-(-settings.slots // groups) * groups)
     check_engine(settings, deployment.layout)
-    return deployment.layout, settings
+    return deployment.layout, settings, deployment.precision if precision == "auto" else precision

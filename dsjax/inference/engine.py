@@ -256,7 +256,9 @@ class Engine:
         the fewest requests."""
         busy = Counter(running.group for running in self._running)
         free = [group for group, slots in enumerate(self._slots) if slots]
-        for group in sorted(free, key=lambda group: (-self._pools[group].known(ids), busy[group])):
+        if len(free) > 1:
+            free.sort(key=lambda group: (-self._pools[group].known(ids), busy[group]))
+        for group in free:
             pool = self._pools[group]
             pages, digests = pool.match(ids)
             # Room for a page of each of the others, or somebody would soon have to give theirs up.

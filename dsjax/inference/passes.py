@@ -136,7 +136,7 @@ class Passes:
         self._state = jax.jit(empty, out_shardings=divided)()
         self._shared, self._divided = model.shardings(PartitionSpec()), model.shardings(OF_GROUPS)
         self._take_loads = jax.jit(take_loads, donate_argnums=0, out_shardings=(self._shared, divided))
-        self._everything = jax.device_put(np.ones((1, self._vocab_size), bool), self._shared)
+        self._everything: dict[int, Array] = {}
         rows = self._micro_batches
         self._batch_sizes = batch_sizes(rows, -(-self.slots // rows) * rows)
         self._table_sizes = sizes(max(1, settings.shortest_table // page_size), needed)
@@ -162,16 +162,15 @@ class Passes:
         length = fitting(self._piece_sizes, longest)
         tokens, counts = np.zeros((self.groups * count, length), np.int32), np.ones(self.groups * count, np.int32)
         ends = np.zeros(self.groups * count, bool)
-        allowed = None
+        allowed: Bool[np.ndarray, "B V"] | None = None
         for at, piece in zip(places, pieces, strict=True):
             tokens[at, : len(piece.ids)], counts[at], ends[at] = piece.ids, len(piece.ids), piece.is_last
             if piece.first is not None:
                 allowed = np.ones((self.groups * count, self._vocab_size), bool) if allowed is None else allowed
                 allowed[at] = piece.first
         run = prefill_and_draft if self._speculates else prefill
-        # Of one row, all that may follow has one row, too; of several, rows of requests are divided over groups.
-        everything = self._everything if allowed is None else jax.device_put(allowed, self._divided)
-        rest = *jax.device_put((tokens, counts), self._divided), everything, jax.device_put(ends, self._divided)
+        first = self._all_tokens(len(tokens)) if allowed is None else jax.device_put(allowed, self._divided)
+        rest = *jax.device_put((tokens, counts), self._divided), first, jax.device_put(ends, self._divided)
         drawn, self._state = run(
             *self._weights, self._state, self._new_batch(by_group, count), *rest, **self._of_prompts
         )
@@ -259,6 +258,12 @@ class Passes:
             _, self._state = self._take_loads(self._state)
         self._batch = None
         jax.block_until_ready(self._state)
+
+    def _all_tokens(self, rows: int) -> Array:
+        """Return that all tokens may follow, with a row for each request as where not all may: it is one program."""
+        if rows not in self._everything:
+            self._everything[rows] = jax.device_put(np.ones((rows, self._vocab_size), bool), self._divided)
+        return self._everything[rows]
 
     @property
     def _where(self) -> dict[str, Machine]:

@@ -68,12 +68,10 @@ def program(results: int) -> Callable[[Callable[..., tuple]], Callable[..., tupl
         @functools.lru_cache(maxsize=64)
         def on_unit(config: ModelConfig, runtime: Machine) -> Callable[..., tuple]:
             def whole(params: PyTree, biases: PyTree, state: State, batch: Batch, *rest: Array) -> tuple:
-                # What all requests share has one row.
-                of_rest = [PartitionSpec() if array.shape[0] == 1 else OF_GROUPS for array in rest]
                 mapped = jax.shard_map(
                     functools.partial(function, config=config, runtime=runtime),
                     mesh=runtime.mesh,
-                    in_specs=(weight_specs(params), PartitionSpec(), state.spec, OF_GROUPS, *of_rest),
+                    in_specs=(weight_specs(params), PartitionSpec(), state.spec, OF_GROUPS, *[OF_GROUPS] * len(rest)),
                     out_specs=(OF_GROUPS, state.spec, *[OF_GROUPS] * (results - 2)),
                     check_vma=False,
                 )

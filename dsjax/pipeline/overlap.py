@@ -61,7 +61,7 @@ def interleaved(function: Callable[..., PyTree], *, strictly: bool = False) -> C
             groups[moment_of[eqn.outvars[0]]].append(eqn)
         values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         values |= zip(jaxpr.invars, jax.tree.leaves(args), strict=True)
-        last_read = _last_reads(jaxpr, moment_of)
+        last_read = _last_reads(jaxpr, moment_of) if strictly else {}
         for moment, eqns in sorted(groups.items()):
             needed, made = reads(eqns), [var for eqn in eqns for var in eqn.outvars]
             behind = [var for var in needed if var in moment_of and _follows(moment, moment_of[var])]

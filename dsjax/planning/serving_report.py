@@ -42,7 +42,8 @@ def lines(report: ServingReport) -> Iterator[str]:
     model, engine = deployment.model, deployment.engine
     yield (
         f"{model.name} on {layout.devices} {chip.name}: {layout.groups} groups of {layout.tensor}, "
-        f"{layout.total_slots(model)} slots for {layout.experts(model)} experts of a layer, {deployment.precision}"
+        f"{layout.total_slots(model)} slots for {layout.experts(model)} experts of a layer, "
+        f"{'fp8' if deployment.precision == 'fp8' else 'bf16'}"
     )
     yield ""
     yield "memory of a device                     GB"

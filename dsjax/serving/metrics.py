@@ -78,6 +78,10 @@ class EngineCollector(Collector):
             "dsjax_drafts_accepted": ("Of these, those that the model chose too.", engine.counts.accepted),
             "dsjax_preemptions": ("Requests that gave their pages to older ones.", engine.counts.preemptions),
         }
+        if engine.rebalancer is not None:
+            what = "Load of the fullest device over the mean, of the worst layer, by the loads seen of late."
+            gauges["dsjax_expert_imbalance"] = what, float(engine.rebalancer.imbalance().max())
+            counters["dsjax_experts_moved"] = "Experts that devices have got from others.", engine.rebalancer.moved
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(name, what, value)
         for name, (what, value) in counters.items():

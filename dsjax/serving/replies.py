@@ -3,6 +3,7 @@
 import codecs
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class Spelling:
         return places
 
 
-class Choice:
+class Choice(ABC):
     """One answer on its way to a client."""
 
     def __init__(self, index: int, spelling: Spelling | None):
@@ -72,13 +73,13 @@ class Choice:
         self.index, self._spelling, self._length = index, spelling, 0
         self._untold: list[tuple[Token, int]] = []
 
+    @abstractmethod
     def take(self, piece: Piece) -> dict[str, Any] | None:
         """Return the `choice` of a chunk; None if there is nothing to tell yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the `choice` of a whole answer from those of its chunks."""
-        raise NotImplementedError
 
     def _note(self, piece: Piece) -> None:
         """Keep the tokens of a piece until they are told."""

@@ -51,7 +51,7 @@ def serve(
         key = settings.api_key or os.environ.get("DSJAX_API_KEY", "")
         if not key and settings.host not in ("127.0.0.1", "::1", "localhost"):
             _say(f"warning: everybody who reaches {settings.host} may use this server; give it an --api-key")
-        layout, engine_settings = chosen(deployment, engine_settings)
+        layout, engine_settings, precision = chosen(deployment, engine_settings, precision)
         simulate_devices(layout.devices)
         how = {"layout": layout, "precision": precision}
         model = load_model(path, ema=ema, mtp=engine_settings.speculate > 0, **how)

@@ -250,6 +250,27 @@ def test_nothing_is_compiled_after_warming_up(model, committed):
         assert found == []
 
 
+def test_short_prompts_are_read_together(model, monkeypatch):
+    """In one pass, with the answers that each has alone, by programs that are there, also where not all tokens may
+    come first, as behind a text."""
+    engine, sizes = Engine(model, replace(SETTINGS, prefill_tokens=64, prefix_bytes=0)), []
+    engine.warm_up()
+    prefill = engine._passes.prefill
+    monkeypatch.setattr(engine._passes, "prefill", lambda pieces: sizes.append(len(pieces)) or prefill(pieces))
+    asked = ["def ", "class P", prompt(14), prompt(3, 8)]
+    with compilations() as found:
+        together = answered(engine, *[engine.submit(text, GREEDY, max_tokens=6) for text in asked])
+        assert not found and sizes == [4]
+        del sizes[:]
+        assert together == [answered(engine, engine.submit(text, GREEDY, max_tokens=6))[0] for text in asked]
+        assert sizes == [1] * 4
+        del sizes[:]
+        answered(engine, *[engine.submit(prompt(n), GREEDY, max_tokens=2) for n in (10, 40, 12, 60)])
+        # A pass has room for four short pieces or one long one, and a step for 64 tokens in all.
+        assert sizes == [1, 1, 1, 1]
+    assert not found
+
+
 def test_the_end_of_the_document(model, likeliest):
     expected = likeliest([5], 8)
     stop = next(i for i in range(1, 8) if expected[i] not in expected[:i])

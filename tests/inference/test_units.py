@@ -69,11 +69,30 @@ def test_experts_follow_the_loads_while_the_model_answers(model, alone, replicas
     with compilations() as compiled:
         for _ in range(3):
             assert answered(engine, *submitted(engine)) == alone
+        for text in ("def add", "class P"):  # whose first token is not free
+            engine.submit(text, max_tokens=4)
+        engine.run()
     assert not compiled and engine.rebalancer.moved > 0
     loads = engine.rebalancer.loads.average
     assert engine.rebalancer.placement.imbalance(loads).mean() < first.imbalance(loads).mean()
-    # The shared expert has as much as all others of a token together; loads of padding are not counted.
+    # The shared expert has as much as all others of a token together.
     np.testing.assert_allclose(loads[:, -1], loads[:, :-1].sum(axis=1) / model.config.num_experts_per_tok)
+    engine.close()
+
+
+@pytest.mark.slow
+def test_padding_goes_to_no_expert(model, monkeypatch):
+    """Every token that is read is counted once for each of its experts, and nothing else is."""
+    monkeypatch.setattr(passes, "COUNTED_STEPS", 1)
+    engine = Engine(model.on_unit(replace(DECODE, rebalance=10_000)), UNIT)
+    seen, decode, read = [], engine._passes.decode, []
+    monkeypatch.setattr(engine.rebalancer, "observe", seen.append)
+    monkeypatch.setattr(engine._passes, "decode", lambda rows: read.append(len(rows)) or decode(rows))
+    answered(engine, *submitted(engine))
+    for _ in range(2):  # the last loads are looked at a step later
+        engine.step()
+    tokens = sum(read) + engine.counts.prompt_tokens_read
+    assert [int(n) for n in sum(seen)[:, -1]] == [tokens] * 3
     engine.close()
 
 

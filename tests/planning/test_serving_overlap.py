@@ -57,7 +57,7 @@ def compiled(work, layers):
             state = State(cache, jnp.zeros(width, int), jnp.zeros((width, model.vocab_size), bool))
             number, settings = jnp.zeros(whole, int), jax.tree.map(jnp.asarray, choice([Sampling()] * whole))
             batch = Batch(number, jnp.zeros((whole, 4096 // PAGE), int), number, settings)
-            rest = jnp.zeros((whole, tokens), int), number, jnp.zeros((1, model.vocab_size), bool), number > 0
+            rest = jnp.zeros((whole, tokens), int), number, jnp.zeros((whole, model.vocab_size), bool), number > 0
             return state, batch, rest
 
         params, biases = (stack(tree, model) for tree in abstract_parameters(model))
@@ -69,7 +69,7 @@ def compiled(work, layers):
         )
         given = [on(weights, weight_specs(weights)), on(biases, PartitionSpec()), state, on(batch, OF_GROUPS)]
         if work == "prefill":
-            given += [on(leaf, PartitionSpec() if leaf.shape[0] == 1 else OF_GROUPS) for leaf in rest]
+            given += on(rest, OF_GROUPS)
         program = (prefill if work == "prefill" else decode).on_unit(model, machine)
         return program.lower(*given).compile(compiler_options=COMPILER_OPTIONS | QUICK).as_text()
 
