@@ -1,4 +1,4 @@
-"""Requests to an engine, alike for its tests."""
+"""A small model and requests to an engine, alike for its tests and those of the server."""
 
 from contextlib import contextmanager
 from copy import copy
@@ -6,9 +6,32 @@ from copy import copy
 import jax
 import numpy as np
 
+from dsjax.config import ModelConfig
 from dsjax.inference.sampling import Sampling
 from dsjax.inference.settings import EngineSettings
 
+SMALL = ModelConfig(
+    name="test",
+    vocab_size=320,
+    hidden_size=32,
+    num_hidden_layers=4,
+    first_k_dense_replace=1,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_attention_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=6,
+    v_head_dim=10,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    initializer_range=0.15,
+)
+TEXT = "def add(a, b):\n    return a + b  # größer, 你好, 😀\n\n\nclass Point:\n    def norm(self):\n        pass\n"
 GREEDY = Sampling(temperature=0.0)
 SETTINGS = EngineSettings(slots=4, page_size=4, prefill_tokens=16)
 

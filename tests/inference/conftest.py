@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from engines import SMALL, TEXT
 from jaxtyping import PyTree
 
 from dsjax.checkpoint.native import Checkpoints
@@ -15,27 +16,6 @@ from dsjax.model.layout import unstack
 from dsjax.model.transformer import initial_parameters
 from dsjax.settings import to_dict, to_toml
 
-SMALL = ModelConfig(
-    name="test",
-    vocab_size=320,
-    hidden_size=32,
-    num_hidden_layers=4,
-    first_k_dense_replace=1,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_attention_heads=4,
-    q_lora_rank=16,
-    kv_lora_rank=12,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=6,
-    v_head_dim=10,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-    initializer_range=0.15,
-)
 YARN = YarnConfig(factor=4.0, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=0.7)
 V2 = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False}
 VARIANTS = {
@@ -46,7 +26,6 @@ VARIANTS = {
     "dense": replace(SMALL, num_hidden_layers=2, first_k_dense_replace=2),
     "sparse": replace(SMALL, num_hidden_layers=2, first_k_dense_replace=0),
 }
-TEXT = "def add(a, b):\n    return a + b  # größer, 你好, 😀\n\n\nclass Point:\n    def norm(self):\n        pass\n"
 
 
 def draw_parameters(config: ModelConfig, seed: int = 0) -> tuple[PyTree, PyTree]:

@@ -14,10 +14,11 @@ import httpx
 import jax
 import jax.numpy as jnp
 import pytest
+from engines import SMALL, TEXT
 from openai import OpenAI
 
 from dsjax.checkpoint.native import Checkpoints
-from dsjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from dsjax.config import Config, DataConfig, TrainConfig
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.inference.engine import Engine
 from dsjax.inference.load import load_model
@@ -30,30 +31,8 @@ from dsjax.serving.run import HttpServer, listening
 from dsjax.serving.settings import ServerSettings
 from dsjax.settings import to_dict, to_toml
 
-TEXT = "def add(a, b):\n    return a + b  # größer, 你好, 😀\n\n\nclass Point:\n    def norm(self):\n        pass\n"
 TURNS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
-MODEL = ModelConfig(
-    name="test",
-    vocab_size=320,
-    hidden_size=32,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_attention_heads=4,
-    q_lora_rank=16,
-    kv_lora_rank=12,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=6,
-    v_head_dim=10,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-    initializer_range=0.15,
-    num_nextn_predict_layers=0,
-)
+MODEL = replace(SMALL, num_hidden_layers=2)
 CONTEXT = 256
 ENGINE = EngineSettings(slots=4, context=CONTEXT, page_size=8, prefill_tokens=64, shortest_table=CONTEXT)
 SERVER = ServerSettings(port=0, name="small", timeout=120, grace=20)
