@@ -2,16 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsjax.inference.batch import LineSettings, finished, read_prompts
-from dsjax.inference.console import show_answer, show_answers
-from dsjax.inference.deployment import chosen
-from dsjax.inference.load import load_model
+from dsjax.inference.batch import LineSettings
+from dsjax.inference.console import continue_file, continue_prompt, warnings_said
 from dsjax.inference.sampling import Sampling
 from dsjax.inference.settings import EngineSettings, Precision
-from dsjax.parallel.hosts import simulate_devices
+from dsjax.parallel.hosts import Distributed, errors_of_process, start
 from dsjax.settings import load_options, one_line_errors
 
 
@@ -26,7 +24,8 @@ class Options:
     prompts: str = ""
     """JSONL file of prompts, each an object with "prompt", and if wanted "id", "stop", "max_tokens" and settings."""
     output: str = ""
-    """JSONL file to which the answers to --prompts are written; prompts that it has answers for are left out."""
+    """JSONL file to which the answers to --prompts are written; prompts that it has answers for are left out. The exit
+    status is 1 if any prompt got an error in place of an answer."""
     max_tokens: int = 200
     """Most tokens to write; the end of the document may come before."""
     temperature: float = 0.8
@@ -53,6 +52,7 @@ class Options:
     """Of weights and their products: `fp8` quantizes what is not stored so; `auto` is as stored, where that is fast."""
     speculate: int = 0
     """Tokens that the model's MTP modules draft per step, which changes the speed and not the text; 0 for none."""
+    distributed: Distributed = field(default_factory=Distributed)
 
     def __post_init__(self) -> None:
         for name, low in (("max_tokens", 1), ("max_context", 0), ("slots", 1), ("speculate", 0)):
@@ -80,19 +80,14 @@ def main(argv: Sequence[str]) -> None:
     with one_line_errors():
         options = load_options(argv, Options, "generate")
         settings = options.settings
-        lines = read_prompts(Path(options.prompts), settings) if options.prompts else []
-        done = finished(Path(options.output), lines) if options.prompts else set()
-        slots = min(options.slots, max(1, len(lines) - len(done)))
-        given = EngineSettings(slots=slots, context=options.max_context, speculate=options.speculate)
-        layout, engine, precision = chosen(options.deployment, given, options.precision)
-        simulate_devices(layout.devices)
-        how = {"ema": options.ema, "mtp": engine.speculate > 0, "precision": precision}
-        model = load_model(options.path, layout=layout, **how)
-        print(f"dsjax: {model.origin}", file=sys.stderr)
-        if options.prompts:
-            show_answers(model, lines, Path(options.output), engine, done)
-        else:
-            show_answer(model, options.prompt, settings, engine)
+        given = EngineSettings(slots=options.slots, context=options.max_context, speculate=options.speculate)
+        how = {"deployment": options.deployment, "ema": options.ema, "precision": options.precision}
+        start(options.distributed)
+        with errors_of_process(), warnings_said():
+            if options.prompts:
+                continue_file(options.path, Path(options.prompts), Path(options.output), settings, given, **how)
+            else:
+                continue_prompt(options.path, options.prompt, settings, given, **how)
 
 
 if __name__ == "__main__":

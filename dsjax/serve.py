@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsjax.inference.settings import EngineSettings, Precision
+from dsjax.parallel.hosts import Distributed, errors_of_process, start
 from dsjax.serving.settings import ServerSettings
 from dsjax.settings import load_options, one_line_errors
 
@@ -22,15 +23,11 @@ class Options(ServerSettings, EngineSettings):
     which those given here win; empty for one device."""
     precision: Precision = "auto"
     """Of weights and their products: `fp8` quantizes what is not stored so; `auto` is as stored, where that is fast."""
+    distributed: Distributed = field(default_factory=Distributed)
 
     def __post_init__(self) -> None:
         ServerSettings.__post_init__(self)
         EngineSettings.__post_init__(self)
-        if self.max_choices > self.slots + self.queue:
-            raise ValueError(
-                f"max_choices = {self.max_choices}: must be at most slots + queue = {self.slots + self.queue}, or "
-                "there would never be room for so many"
-            )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"{error.name} is not installed: install dsjax[serve], or say `uv run --extra serve`"
             ) from None
-        return serve(options.path, options, options, options.deployment, ema=options.ema, precision=options.precision)
+        start(options.distributed)
+        how = {"ema": options.ema, "precision": options.precision}
+        with errors_of_process():
+            return serve(options.path, options, options, options.deployment, **how)
 
 
 if __name__ == "__main__":

@@ -288,6 +288,12 @@ def test_joining_and_parting(run):
             "--processes 2 tiny --distributed.processes 1",
             "--distributed.processes and its like are for dsjax.launch to say: leave them away",
         ),
+        ("--processes 2 --module dsjax.serve x --slots 0", "slots = 0: must be at least 1"),
+        ("--processes 2 --module dsjax.generate x --promt y", "unknown option --promt; did you mean --prompt?"),
+        (
+            "--processes 2 --module dsjax.generate x --distributed.processes 1",
+            "--distributed.processes and its like are for dsjax.launch to say: leave them away",
+        ),
     ],
 )
 def test_mistakes_are_told_once(words, message, capfd):

@@ -33,6 +33,18 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(value) for name, value in found.items()}
 
 
+def checksums_of_parts(array: Any, axes: int) -> UInt32[np.ndarray, "..."]:
+    """Return the checksum of every part of an array along its first axes, summed where it lives."""
+    if not _is_host(array):
+        found = _on_device
+        for _ in range(axes):
+            found = jax.vmap(found)
+        return np.asarray(jax.jit(found)(array))
+    array = np.asarray(array)
+    parts = array.reshape(-1, *array.shape[axes:])
+    return np.array([_on_host(part) for part in parts], np.uint32).reshape(array.shape[:axes])
+
+
 def checksum_of_rows(rows: np.ndarray, first: int) -> int:
     """Return what rows of an array, from `first` on, add to its checksum, which is the sum modulo 2**32."""
     return _on_host(rows, first)

@@ -7,6 +7,7 @@ with the letters or line ends that follow it) and has the same special tokens, s
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -134,15 +135,23 @@ class Tokenizer:
         """Writes `tokenizer.json`."""
         Path(path).write_text(self._text, encoding="utf-8")
 
+    @cached_property
+    def _of_documents(self) -> tokenizers.Tokenizer:
+        """One that takes special tokens for text. Switching between the two would have to wait for other threads that
+        encode, and the library holds Python's lock while it waits."""
+        tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-        """Returns the ids of every text, on all cores; none is added at the begin or the end.
+        """Returns the ids of every text, on all cores; none is added at the begin or the end. Any thread may ask.
 
         Args:
             texts: documents or prompts.
             special: whether a text that spells a special token gets its id; never for documents.
         """
-        self._tokenizer.encode_special_tokens = not special
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        tokenizer = self._tokenizer if special else self._of_documents
+        found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:

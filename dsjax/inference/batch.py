@@ -138,6 +138,15 @@ def finished(path: Path, lines: list[Line]) -> set[Id]:
     return done
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError for a file to which nothing can be appended; leave none behind that was not there."""
+    existed = path.exists()
+    with path.open("a"):
+        pass
+    if not existed:
+        path.unlink()
+
+
 def answer(engine: Engine, lines: list[Line], path: Path) -> Iterator[Request | None]:
     """Answer the prompts and append their lines to a file; yield each request when it is written, None for an error."""
     left = iter(lines)

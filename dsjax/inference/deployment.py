@@ -4,9 +4,12 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+import jax
+
 from dsjax.config import ModelConfig
 from dsjax.inference.layout import Layout, check_engine
 from dsjax.inference.settings import EngineSettings, Precision
+from dsjax.parallel.hosts import processes, simulate_devices
 from dsjax.settings import NoOptions, load_run
 
 Work = Literal["prefill", "decode"]
@@ -59,3 +62,23 @@ def chosen(name: str, engine: EngineSettings, precision: Precision) -> tuple[Lay
     settings = replace(settings, slots=-(-settings.slots // groups) * groups)
     check_engine(settings, deployment.layout)
     return deployment.layout, settings, deployment.precision if precision == "auto" else precision
+
+
+def take_devices(layout: Layout) -> None:
+    """Let this process have its part of a unit's devices, which a CPU simulates; all processes of the run share them.
+
+    Raises:
+        ValueError: the processes cannot share them, or have others.
+    """
+    count = processes()
+    if layout.devices % count:
+        hint = "" if layout.devices > 1 else "; name a --deployment that has several"
+        raise ValueError(
+            f"layout: {layout.devices} device{'s' if layout.devices > 1 else ''} cannot be divided among {count} "
+            f"processes{hint}"
+        )
+    simulate_devices(layout.devices // count)
+    if count > 1 and jax.device_count() != layout.devices:
+        raise ValueError(
+            f"layout: {layout.devices} devices, and the {count} processes have {jax.device_count()}: must be as many"
+        )

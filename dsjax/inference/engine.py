@@ -5,6 +5,8 @@ been read. Requests begin in the order in which they came. Pages are taken when 
 the youngest request gives its pages up, waits, and later reads again what it has written so far. The host works one
 step ahead: it looks at the tokens of a step when the device already has the next. With speculation a step may give
 several tokens, and until it has looked the host knows only between which bounds a request's length is.
+
+Of several processes each has an engine, which takes the same steps: process 0 leads, the others `follow`; see `words`.
 """
 
 import threading
@@ -16,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from dsjax.inference.disk import DiskTier, fingerprint
+from dsjax.inference.disk import DiskTier, PageFiles
+from dsjax.inference.fingerprint import fingerprint
 from dsjax.inference.load import Model
 from dsjax.inference.pages import PagePool, PrefixCounts
 from dsjax.inference.passes import Passes, Piece
@@ -27,6 +30,7 @@ from dsjax.inference.sampling import Sampling
 from dsjax.inference.settings import EngineSettings
 from dsjax.inference.speculation import Verified
 from dsjax.inference.text import StopStrings, TextStream, reopen_last_token
+from dsjax.inference.words import Word, Words, agree
 
 
 class Engine:
@@ -43,9 +47,11 @@ class Engine:
     def __init__(self, model: Model, settings: EngineSettings | None = None):
         """Allocates the cache; compiles nothing yet, see `warm_up`.
 
+        On a unit of several processes all are to do so, at the same time.
+
         Raises:
-            ValueError: no memory for a cache; a folder for pages that cannot be made; a model without MTP modules that
-                is to speculate.
+            ValueError: no memory for a cache; a folder for pages that cannot be made, or in several processes; a model
+                without MTP modules that is to speculate; processes that differ.
         """
         settings = settings or EngineSettings()
         modules = model.config.num_nextn_predict_layers
@@ -56,11 +62,24 @@ class Engine:
             )
         # What pages hold, and so which files of pages fit, depends on the modules that are used.
         model = model.with_modules(min(settings.speculate, modules))
+        self._words = Words(model.tokenizer) if model.processes > 1 else None
+        if self._words:
+            if settings.disk:
+                raise ValueError(
+                    f"disk = {settings.disk!r}: must be empty, because the unit has {model.processes} processes; "
+                    "pages on disk belong to one"
+                )
+            agree(model, settings)
         self._most_taken = 1 + settings.speculate
         self._model, self.tokenizer, self.slots = model, model.tokenizer, settings.slots
         self._passes = Passes(model, settings)
         self.context, self.prefix = self._passes.context, PrefixCounts()
-        self._pools = [self._pool(group, settings) for group in range(self._passes.groups)]
+        files = None
+        if settings.disk:
+            folder = Path(settings.disk) / fingerprint(model, settings.page_size, settings.cache_format)
+            files = PageFiles(folder, settings.disk_bytes)
+        self._pools = [self._pool(group, settings, files) for group in range(self._passes.groups)]
+        self._submitted: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []
         self._slots = [list(range(self._passes.slots)) for _ in self._pools]
@@ -69,15 +88,12 @@ class Engine:
         self._lock = threading.Lock()
         self.counts = EngineCounts(accepted_at=[0] * settings.speculate)
 
-    def _pool(self, group: int, settings: EngineSettings) -> PagePool:
+    def _pool(self, group: int, settings: EngineSettings, files: PageFiles | None) -> PagePool:
         passes, idle, tier = self._passes, self._passes.pages, None
         if settings.prefix_bytes is not None:
             idle = settings.prefix_bytes // passes.page_bytes
-        if settings.disk:
-            folder = Path(settings.disk) / fingerprint(self._model, settings.page_size, settings.cache_format)
-            tier = DiskTier(
-                folder, settings.disk_bytes, partial(passes.read_page, group), partial(passes.write_page, group)
-            )
+        if files is not None:
+            tier = DiskTier(files, partial(passes.read_page, group), partial(passes.write_page, group))
         return PagePool(passes.pages, settings.page_size, most_idle=idle, tier=tier, counts=self.prefix)
 
     @property
@@ -108,12 +124,17 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that have none yet."""
-        return len(self._waiting)
+        return len(self._submitted) + len(self._waiting)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._waiting or self._running or self._in_flight or self._cancelled)
+        return bool(self._submitted or self._waiting or self._running or self._in_flight or self._cancelled)
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are submitted here; otherwise there is nothing to do but `follow`."""
+        return self._words is None or self._words.leads
 
     def submit(
         self,
@@ -140,14 +161,15 @@ class Engine:
 
         Raises:
             ValueError: no prompt, an id that the model has not, a prompt that fills the context or the cache,
-                `max_tokens` below 1, an empty stop.
+                `max_tokens` below 1, an empty stop; a process that does not lead.
         """
+        if not self.leads:
+            raise ValueError("this process cannot submit requests: process 0 leads, and the others call follow()")
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
         tokenizer, vocab_size = self._model.tokenizer, self._model.config.vocab_size
         if isinstance(prompt, str):
-            with self._lock:
-                whole = [self._model.opening, *tokenizer.encode([prompt], special=True)[0]]
+            whole = [self._model.opening, *tokenizer.encode([prompt], special=True)[0]]
             ids, first = reopen_last_token(tokenizer, whole, vocab_size)
             before, shown = ids[1:], tokenizer.decode(whole[1:])
         else:
@@ -177,7 +199,7 @@ class Engine:
             listener=listener,
         )
         with self._lock:
-            self._waiting.append(request)
+            self._submitted.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -199,37 +221,81 @@ class Engine:
         while self.has_work:
             self.step()
 
-    def warm_up(self) -> None:
-        """Compile all programs, so that no request ever waits for that."""
-        self._passes.warm_up()
+    def warm_up(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compile all programs, so that no request ever waits for that.
+
+        Args:
+            stopped: asked in front of each program whether to leave it and the rest out.
+        """
+        for number, program in enumerate(self._passes.warming()):
+            if stopped():
+                return
+            self._say(Word("warm up", program=number))
+            program()
 
     def close(self) -> None:
-        """Write the prefix cache to disk, if there is a folder for it."""
-        for pool in self._pools:
-            pool.save_all()
-        self._passes.close()
+        """Write the prefix cache to disk, if there is a folder for it, and let the processes that follow go."""
+        self._say(Word("close"))
+        self._close()
 
     def step(self) -> None:
         """Give the device its next work, and look at the results of the work before."""
+        with self._lock:
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+        word = Word("step", submitted, [request.number for request in cancelled])
+        self._say(word)
+        self._step(word)
+
+    def follow(self) -> None:
+        """Do what the engine of process 0 does, on any other process, until that one is closed.
+
+        Raises:
+            ValueError: this process leads.
+        """
+        if self.leads:
+            raise ValueError("this process cannot follow: process 0 leads, and so does one that is alone")
+        programs = list(self._passes.warming())
+        for word in self._words.hear():
+            match word.act:
+                case "warm up":
+                    programs[word.program]()
+                case "step":
+                    self._step(word)
+                case "close":
+                    self._close()
+
+    def _say(self, word: Word) -> None:
+        if self._words:
+            self._words.say(word, self.counts.steps)
+
+    def _close(self) -> None:
+        for pool in self._pools:
+            pool.save_all()
+        self._passes.close()
+        if self._words:
+            self._words.end()
+
+    def _step(self, word: Word) -> None:
         self.counts.steps += 1
-        self._drop_cancelled()
+        self._waiting += word.submitted
+        self._drop(word.cancelled)
         self._admit()
         self._read_prompts()
         self._decode()
         self._look_at_results(before=self.counts.steps)
         self._passes.follow_loads()
 
-    def _drop_cancelled(self) -> None:
-        with self._lock:
-            cancelled, self._cancelled = self._cancelled, []
-            for request in cancelled:
-                if request in self._waiting:
-                    self._waiting.remove(request)
-        for request in cancelled:
-            for running in [running for running in self._running if running.request is request]:
-                self._leave(running)
-            if request.finish is None:
-                request.end("cancelled")
+    def _drop(self, cancelled: Collection[int]) -> None:
+        """End requests of these numbers, if they have not ended."""
+        if not cancelled:
+            return
+        for running in [running for running in self._running if running.request.number in cancelled]:
+            self._leave(running)
+            running.request.end("cancelled")
+        for request in [request for request in self._waiting if request.number in cancelled]:
+            self._waiting.remove(request)
+            request.end("cancelled")
 
     def _admit(self) -> None:
         while self._waiting and any(self._slots):
@@ -357,8 +423,10 @@ class Engine:
     def _look_at_results(self, before: int) -> None:
         """Hand out the tokens of steps before one; this waits for the device."""
         while self._in_flight and self._in_flight[0].step < before:
-            _, result, batch, places = self._in_flight.popleft()
+            step, result, batch, places = self._in_flight.popleft()
             answers = tokens_of(result, places, [running.request for running in batch])
+            if self._words:  # results need all processes: all have begun this step
+                self._words.heard(step)
             drafted = np.asarray(result.drafted) if isinstance(result, Verified) else None
             for running, tokens, place in zip(batch, answers, places, strict=True):
                 # A step was under way when the request ended.

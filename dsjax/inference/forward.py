@@ -13,6 +13,7 @@ Letters of shapes beside those of `cache`:
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from dsjax.inference.machine import Machine
 from dsjax.inference.sampling import Choice
 from dsjax.model.attention import absorbed_attention, compressed, latents
 from dsjax.model.context import Context
+from dsjax.model.dispatch import exchange_locally
 from dsjax.model.ffn import feed_forward
 from dsjax.model.layers import rms_norm
 from dsjax.model.moe import MoEAux, moe
@@ -105,13 +107,15 @@ def forward(
     if sparse:
         layers, network = moe_networks(params["moe"], sparse, tokens.size, config=config, runtime=runtime)
 
-        def moe_layer(part: _Part, x: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
-            layer, bias, i = scanned
+        def moe_layer(
+            part: _Part, x: Array, weights: tuple[PyTree, PyTree], i: Int[Array, ""]
+        ) -> tuple[Array, tuple[Array, Array]]:
+            layer, bias = weights
             x, new = cached_attention(layer, x, cache, dense + i, part.batch, part.ctx, **how)
             y, aux = network(x, layer, i, part.ctx.for_layer(bias_of(bias)))
             return y, (new, aux.loads)
 
-        stacked = layers, biases.get("moe", {}), jnp.arange(sparse)
+        stacked = layers, biases.get("moe", {})
         run = _one_by_one if len(parts) == 1 else _in_turns
         xs, new, loads = run(moe_layer, parts, xs, stacked, sparse)
         entries.append(new)
@@ -151,14 +155,15 @@ def are_requests(batch: Batch) -> Bool[Array, " B"]:
     return batch.tables[:, 0] > 0
 
 
-Layer = Callable[[_Part, Array, tuple], tuple[Array, tuple[Array, Array]]]
+Layer = Callable[[_Part, Array, PyTree, Int[Array, ""]], tuple[Array, tuple[Array, Array]]]
+"""From a micro-batch, its states, a layer's weights and its number to states, and entries of the cache and loads."""
 
 
 def _one_by_one(
     layer: Layer, parts: Sequence[_Part], xs: Sequence[Array], stacked: PyTree, count: int
 ) -> tuple[list[Array], Array, Array]:
     (part,), (x,) = parts, xs
-    x, (entries, loads) = jax.lax.scan(lambda x, scanned: layer(part, x, scanned), x, stacked)
+    x, (entries, loads) = jax.lax.scan(lambda x, each: layer(part, x, *each), x, (stacked, jnp.arange(count)))
     return [x], entries, loads
 
 
@@ -167,29 +172,52 @@ def _in_turns(
 ) -> tuple[list[Array], Array, Array]:
     """Run the layers of two micro-batches, some at once, so that one computes while the other's tokens travel."""
     size = max(size for size in range(1, MOST_LAYERS + 1) if count % size == 0)
-    several = jax.tree.map(lambda leaf: leaf.reshape(count // size, size, *leaf.shape[1:]), stacked)
 
-    def some_layers(xs: tuple[Array, ...], several: PyTree) -> tuple[tuple[Array, ...], list[PyTree]]:
+    def some_layers(xs: tuple[Array, ...], start: Int[Array, ""]) -> tuple[tuple[Array, ...], list[PyTree]]:
+        weights = [_layer_of(stacked, start + j) for j in range(size)]
         ends, made = [], []
         for name, part, x in zip("FB", parts, xs, strict=True):
             with jax.named_scope(name):
                 found = []
                 for j in range(size):
-                    x, new = layer(part, x, jax.tree.map(lambda leaf, j=j: leaf[j], several))
+                    # Else XLA would read what the cache has for all of these layers, and both halves, at once.
+                    x, number = jax.lax.optimization_barrier((x, start + j))
+                    x, new = layer(part, x, weights[j], number)
                     found.append(new)
             ends.append(x)
             made.append(found)
         return tuple(ends), made
 
-    def step(xs: tuple[Array, ...], several: PyTree) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-        xs, (first, second) = interleaved(without_gradient_rules(some_layers), strictly=True)(xs, several)
+    def turn(xs: tuple[Array, ...], start: Int[Array, ""]) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        xs, (first, second) = interleaved(without_gradient_rules(some_layers))(xs, start)
         pairs = list(zip(first, second, strict=True))
         entries = jnp.stack([jnp.concatenate([a, b]) for (a, _), (b, _) in pairs])
         return xs, (entries, jnp.stack([a + b for (_, a), (_, b) in pairs]))
 
-    ends, made = jax.lax.scan(step, tuple(xs), several)
-    entries, loads = (leaf.reshape(count, *leaf.shape[2:]) for leaf in made)
+    def step(carry: tuple[Array, tuple[Array, ...], tuple[Array, Array]]) -> tuple:
+        number, xs, (entries, loads) = carry
+        xs, new = turn(xs, number * size)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * size, axis=0)
+        return number + 1, xs, (put(entries, new[0]), put(loads, new[1]))
+
+    xs = tuple(xs)
+    found = tuple(jnp.zeros((count, *part.shape[1:]), part.dtype) for part in jax.eval_shape(turn, xs, 0)[1])
+    # Not a scan, whose numbers of layers are data: see `_layer_of`.
+    _, ends, (entries, loads) = jax.lax.while_loop(lambda carry: carry[0] < count // size, step, (0, xs, found))
     return list(ends), entries, loads
+
+
+def _layer_of(stacked: PyTree, i: Int[Array, ""]) -> PyTree:
+    """Cut a layer out of a stack.
+
+    Where `i` is computed from a loop's counter alone, XLA's products on GPUs read the weights where they are: the host
+    knows their addresses. Otherwise it copies them.
+    """
+
+    def cut(leaf: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False, allow_negative_indices=False)
+
+    return jax.tree.map(cut, stacked)
 
 
 def moe_networks(
@@ -202,28 +230,26 @@ def moe_networks(
         count: how many layers there are.
         tokens: of a pass.
     """
-    shared = {}
+    layers, row = apart(layers)
     few = are_few(tokens, config.num_experts_per_tok, config.n_routed_experts)
-    if in_row := few and not runtime.is_divided and not _by_kernels(layers["moe"]["experts"]["down"]):
-        layers, row = apart(layers)
-        shared = {"experts": row}
+    in_blocks = runtime.is_divided or not few or _by_kernels(row["down"])
 
-    def exchange(layer: PyTree, i: Int[Array, ""] | int) -> Exchange | None:
-        if in_row:
-            return exchange_within_row(i, count)
-        return runtime.exchange_of_layer(config, layer.get("tables")) if runtime.is_divided else None
+    def exchange(layer: PyTree, i: Int[Array, ""] | int) -> Exchange:
+        divided = runtime.is_divided
+        inner = runtime.exchange_of_layer(config, layer.get("tables")) if divided else exchange_locally
+        return exchange_within_row(inner, i, count, in_blocks=in_blocks)
 
     def network(x: Array, layer: PyTree, i: Int[Array, ""] | int, ctx: Context) -> tuple[Array, MoEAux]:
         normalized = rms_norm(x, layer["ffn_norm"], config.rms_norm_eps)
         machine = replace(runtime, exchange=exchange(layer, i))
-        y, aux = moe(layer["moe"] | shared, normalized, ctx, config=config, runtime=machine)
+        y, aux = moe(layer["moe"] | {"experts": row}, normalized, ctx, config=config, runtime=machine)
         return x + y, aux
 
     return layers, network
 
 
 def _by_kernels(weight: Array | Fp8Weight) -> bool:
-    """Whether products are the FP8 kernels', whose groups of rows are of 128: one of every layer's would be much."""
+    """Whether products are the FP8 kernels', whose groups of rows begin at multiples of 128."""
     return isinstance(weight, Fp8Weight) and resolve(weight.recipe.impl) != "xla"
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, PyTree
 
 from dsjax.config import ModelConfig
 from dsjax.inference.settings import EngineSettings
@@ -109,17 +110,21 @@ def mesh_of(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Mesh
         devices: by default the first of all that there are.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or some processes of the run have none of them.
     """
-    devices = jax.devices() if devices is None else devices
+    given, devices = devices, jax.devices() if devices is None else devices
     if len(devices) < layout.devices:
-        sizes = " x ".join(f"layout.{axis}" for axis in AXES)
-        raise ValueError(
-            f"{sizes} = {layout.node} x {layout.data} x {layout.tensor} = {layout.devices} devices: there are "
-            f"{len(devices)}"
-        )
+        raise ValueError(f"{_spelled(layout)}: there are {len(devices)}")
+    holders = {device.process_index for device in devices[: layout.devices]}
+    if len(holders) < jax.process_count() and (given is None or holders != {jax.process_index()}):
+        raise ValueError(f"{_spelled(layout)}: {jax.process_count()} processes have {len(devices)}, and must share all")
     shape = layout.node, layout.data, layout.tensor
     return jax.make_mesh(shape, AXES, devices=devices[: layout.devices], axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _spelled(layout: Layout) -> str:
+    sizes = " x ".join(f"layout.{axis}" for axis in AXES)
+    return f"{sizes} = {layout.node} x {layout.data} x {layout.tensor} = {layout.devices} devices"
 
 
 WEIGHTS = {"q": (1, TENSOR), "q_b": (1, TENSOR), "kv_b": (1, TENSOR), "o": (2, TENSOR), "head": (0, TENSOR)}
@@ -157,5 +162,18 @@ def check_engine(engine: EngineSettings, layout: Layout) -> None:
 
 
 def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Return arrays where their specs say."""
-    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+    """Return arrays where their specs say, see `put`."""
+    return jax.tree.map(lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), tree, specs)
+
+
+def put(tree: PyTree, sharding: Sharding) -> PyTree:
+    """Return arrays where a sharding says. Of several processes all give the same, and each puts what it holds of it:
+    `jax.device_put` would ask the others each time whether they do."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def own(leaf: Array | np.ndarray) -> Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(own, tree)

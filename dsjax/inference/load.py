@@ -52,6 +52,11 @@ class Model:
     placement: Placement | None = None
     """Of its experts, where they have several slots: in MoE layers and then in MTP modules."""
 
+    @property
+    def processes(self) -> int:
+        """Processes that the unit's devices are of."""
+        return 1 if self.mesh is None else len({device.process_index for device in self.mesh.devices.flat})
+
     def shardings(self, specs: PyTree) -> PyTree:
         """Return how arrays are divided: as `specs` say, or on the device of the weights."""
         if self.mesh is None:

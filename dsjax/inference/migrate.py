@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Int32, PyTree, Shaped
 
+from dsjax.inference.layout import put
 from dsjax.inference.replicas import Tables
 from dsjax.model.dispatch import take_or_zero
 from dsjax.parallel.mesh import Axes
@@ -103,7 +104,7 @@ class Migrator:
 
     def on_devices(self, tables: Tables) -> Tables:
         """Return tables on all devices."""
-        return jax.device_put(tables, self._replicated)
+        return put(tables, self._replicated)
 
     def bring(self, experts: PyTree[Shaped[Array, "L R ..."]], layer: int, piece: Piece) -> None:
         """Bring the experts of a piece to the waiting room."""
@@ -126,11 +127,11 @@ class Migrator:
         """
         per_device = len(source) // self.devices
         arrived = source // per_device != np.arange(len(source)) // per_device
-        within = jax.device_put((arrived, (source % per_device).astype(np.int32)), self._of_slots)
+        within = put((arrived, (source % per_device).astype(np.int32)), self._of_slots)
         return self.settle_program(experts, self.room, tables, *self._put((np.int32(layer),)), *within, self._put(new))
 
     def _put(self, tree: PyTree) -> PyTree:
-        return jax.device_put(tree, self._replicated)
+        return put(tree, self._replicated)
 
 
 def _bring(experts: PyTree, room: PyTree, layer: Int[Array, ""], piece: Piece, *, axes: Axes) -> PyTree:

@@ -37,8 +37,12 @@ class Known(NamedTuple):
 class Tier(Protocol):
     """Where pages go that there is no room for; see `disk.py`."""
 
-    def save(self, known: Known, page: int) -> None:
-        """Keep a page of the cache."""
+    def save(self, known: Known, page: int, *, wait: bool) -> None:
+        """Keep a page of the cache; if there is too much to do, not, or later."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until all is kept."""
         ...
 
     def load(self, known: Known, page: int) -> bool:
@@ -187,7 +191,8 @@ class PagePool:
         return page
 
     def register(self, page: int, parent: bytes, tokens: Sequence[int]) -> bytes:
-        """Let a full page that the caller holds be found; return its digest, the parent of the page behind it.
+        """Let a full page that the caller holds be found, here and in the tier below; return its digest, the parent of
+        the page behind it.
 
         Where there is such a page already, that one stays.
         """
@@ -196,13 +201,17 @@ class PagePool:
         known = Known.of(parent, tokens)
         if known.digest not in self._pages:
             self._remember(page, known)
+            if self._tier is not None:
+                self._tier.save(known, page, wait=False)
         return known.digest
 
     def save_all(self) -> None:
-        """Give all known pages to the tier below."""
+        """Give all known pages to the tier below, and wait until it has them."""
+        if self._tier is None:
+            return
         for page, known in self._known.items():
-            if self._tier is not None:
-                self._tier.save(known, page)
+            self._tier.save(known, page, wait=True)
+        self._tier.flush()
 
     def _remember(self, page: int, known: Known) -> None:
         self._known[page], self._pages[known.digest] = known, page
@@ -211,6 +220,6 @@ class PagePool:
         """Free an idle page."""
         known = self._known.pop(page)
         if self._tier is not None:
-            self._tier.save(known, page)
+            self._tier.save(known, page, wait=False)
         del self._idle[page], self._pages[known.digest]
         self._free.append(page)

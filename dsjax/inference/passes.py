@@ -4,8 +4,9 @@ A unit of several devices has a state of each of its groups, whose requests have
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from dsjax.inference.cache import bytes_per_page, empty_cache
 from dsjax.inference.forward import Batch
-from dsjax.inference.layout import AXES, check_engine
+from dsjax.inference.layout import AXES, check_engine, put
 from dsjax.inference.load import Model
 from dsjax.inference.machine import Machine
 from dsjax.inference.programs import (
@@ -34,6 +35,7 @@ from dsjax.inference.sampling import Drawn, Sampling, choice
 from dsjax.inference.settings import SMALLEST_PIECE, EngineSettings, batch_sizes, fitting, sizes
 from dsjax.inference.speculation import Verified, prefill_and_draft, verify_and_draft
 from dsjax.inference.weights import moe_layers
+from dsjax.parallel.agreement import gather
 from dsjax.parallel.placement import Placement
 
 CPU_BYTES, ACCELERATOR_SHARE = 4 * 2**30, 0.8
@@ -113,7 +115,7 @@ class Passes:
         dtype, page_size = model.runtime.compute_dtype, settings.page_size
         self.page_bytes = bytes_per_page(model.config, page_size, dtype, settings.cache_format)
         needed = -(-self.context // page_size)
-        self.pages = _pages(settings, self.slots, needed, self.page_bytes)
+        self.pages = _pages(settings, self.slots, needed, self.page_bytes, model)
         self._speculates = settings.speculate > 0
 
         def empty() -> State:
@@ -136,6 +138,8 @@ class Passes:
         self._state = jax.jit(empty, out_shardings=divided)()
         self._shared, self._divided = model.shardings(PartitionSpec()), model.shardings(OF_GROUPS)
         self._take_loads = jax.jit(take_loads, donate_argnums=0, out_shardings=(self._shared, divided))
+        # On a unit of one process a result is read from where it is; of several, each has all of it.
+        self._spread = jax.jit(lambda tree: tree, out_shardings=self._shared) if model.processes > 1 else None
         self._everything: dict[int, Array] = {}
         rows = self._micro_batches
         self._batch_sizes = batch_sizes(rows, -(-self.slots // rows) * rows)
@@ -169,12 +173,12 @@ class Passes:
                 allowed = np.ones((self.groups * count, self._vocab_size), bool) if allowed is None else allowed
                 allowed[at] = piece.first
         run = prefill_and_draft if self._speculates else prefill
-        first = self._all_tokens(len(tokens)) if allowed is None else jax.device_put(allowed, self._divided)
-        rest = *jax.device_put((tokens, counts), self._divided), first, jax.device_put(ends, self._divided)
+        first = self._all_tokens(len(tokens)) if allowed is None else put(allowed, self._divided)
+        rest = *put((tokens, counts), self._divided), first, put(ends, self._divided)
         drawn, self._state = run(
             *self._weights, self._state, self._new_batch(by_group, count), *rest, **self._of_prompts
         )
-        return drawn, places
+        return (self._readable(drawn, by_group) if ends.any() else drawn), places
 
     def decode(self, rows: Sequence[Row]) -> tuple[Drawn | Verified, list[int]]:
         """Read the last token of each request, and choose the next; return also where in the results each row is."""
@@ -192,7 +196,19 @@ class Passes:
             result, self._state = verify_and_draft(*given, **self._of_answers)
         else:
             result, self._state, self._batch = decode(*given, **self._of_answers)
-        return result, places
+        return self._readable(result, by_group), places
+
+    def _readable[R: Drawn | Verified](self, result: R, by_group: Sequence[Sequence[Row]]) -> R:
+        """Return a result of which every process can read the tokens, and the rest where a request wants it."""
+        if self._spread is None:
+            return result
+        drawn, counts = (result.drawn, result[1:]) if isinstance(result, Verified) else (result, ())
+        tokens, *counts = self._spread((drawn.tokens, *counts))
+        rest = tuple(drawn[1:])
+        if any(row.sampling.logprobs is not None for rows in by_group for row in rows):
+            rest = self._spread(rest)
+        drawn = Drawn(tokens, *rest)
+        return Verified(drawn, *counts) if isinstance(result, Verified) else drawn
 
     def follow_loads(self) -> None:
         """Do what is due of placing experts anew, between two steps."""
@@ -223,36 +239,40 @@ class Passes:
         """Let a slot have seen these tokens and no others."""
         seen = np.zeros(self._vocab_size, bool)
         seen[list(ids)] = True
-        self._state = mark_seen(self._state, *self._at(group, slot), jax.device_put(seen, self._shared), **self._where)
+        self._state = mark_seen(self._state, *self._at(group, slot), put(seen, self._shared), **self._where)
 
-    def read_page(self, group: int, page: int) -> dict[str, np.ndarray]:
-        """Return what is on a page."""
-        return jax.device_get(read_page(self._state, *self._at(group, page), **self._where))
+    def read_page(self, group: int, page: int) -> dict[str, Array]:
+        """Return what is on a page when the device has done its work so far."""
+        return read_page(self._state, *self._at(group, page), **self._where)
 
-    def write_page(self, group: int, page: int, arrays: dict[str, np.ndarray]) -> None:
+    def write_page(self, group: int, page: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Set a page to these bytes."""
         shapes = {name: (a.shape[0], *a.shape[2:]) for name, a in self._state.cache.arrays.items()}
         typed = {
             name: arrays[name].view(self._state.cache.arrays[name].dtype).reshape(shape)
             for name, shape in shapes.items()
         }
-        contents = jax.device_put(typed, self._shared)
+        contents = put(typed, self._shared)
         self._state = write_page(self._state, *self._at(group, page), contents, **self._where)
 
-    def warm_up(self) -> None:
-        """Run every program once, with padding alone."""
+    def warming(self) -> Iterator[Callable[[], None]]:
+        """Yield what runs each program once, with padding alone: to be called in this order, and to the last one."""
         page_size = self._state.cache.page_size
+        wanting_all = replace(PADDING, logprobs=0)  # so that what brings results to all processes is compiled too
         for pages in self._table_sizes:
-            row = Row(0, -1, self.slots, (0,) * pages, 0, PADDING, 0)
+            row = Row(0, -1, self.slots, (0,) * pages, 0, wanting_all, 0)
             for shorter, length in zip([0, *self._piece_sizes], self._piece_sizes, strict=False):
                 if shorter < pages * page_size:
-                    piece = Piece(row, [0] * length, None, is_last=False)
-                    for count in {1, self.most_pieces(length)}:
-                        self.prefill([piece] * count)
+                    piece = Piece(row, [0] * length, None, is_last=True)
+                    for count in sorted({1, self.most_pieces(length)}):
+                        yield partial(self.prefill, [piece] * count)
             for count in self._batch_sizes:
-                self.decode([row] * count)
+                yield partial(self.decode, [row] * count)
+        yield self._warm_up_rest
+
+    def _warm_up_rest(self) -> None:
         self.mark_seen(0, self.slots, [])
-        self.write_page(0, 0, self.read_page(0, 0))
+        self.write_page(0, 0, jax.device_get(self.read_page(0, 0)))
         if self.rebalancer is not None:
             self._move_experts(self.rebalancer.warm_up)
             _, self._state = self._take_loads(self._state)
@@ -262,7 +282,7 @@ class Passes:
     def _all_tokens(self, rows: int) -> Array:
         """Return that all tokens may follow, with a row for each request as where not all may: it is one program."""
         if rows not in self._everything:
-            self._everything[rows] = jax.device_put(np.ones((rows, self._vocab_size), bool), self._divided)
+            self._everything[rows] = put(np.ones((rows, self._vocab_size), bool), self._divided)
         return self._everything[rows]
 
     @property
@@ -270,7 +290,7 @@ class Passes:
         return {"runtime": self._of_answers["runtime"]}
 
     def _at(self, *place: int) -> tuple[Array, ...]:
-        return jax.device_put(tuple(np.int32(number) for number in place), self._shared)
+        return put(tuple(np.int32(number) for number in place), self._shared)
 
     def _arranged(self, rows: Sequence[Row], size: int) -> tuple[list[list[Row]], list[int]]:
         """Return the rows of each group, and where all of them are if each has `size`."""
@@ -292,7 +312,7 @@ class Passes:
                 slots[at], lengths[at], ends[at], settings[at] = row.slot, row.length, row.end, row.sampling
                 tables[at, : len(row.pages)] = row.pages
         batch = Batch(slots, tables, lengths, choice(settings), ends if self._speculates else None)
-        return jax.device_put(batch, self._divided)
+        return put(batch, self._divided)
 
 
 def _rebalancer(model: Model) -> Rebalancer:
@@ -309,13 +329,22 @@ def _rebalancer(model: Model) -> Rebalancer:
     return Rebalancer(main, model.params["moe"]["moe"]["experts"], model.mesh, AXES, settings)
 
 
-def _pages(settings: EngineSettings, slots: int, needed: int, page_bytes: int) -> int:
+def _pages(settings: EngineSettings, slots: int, needed: int, page_bytes: int, model: Model) -> int:
     """Return the pages of a group's cache, with page 0."""
     if settings.cache_bytes:
         pages = settings.cache_bytes // page_bytes
         if pages < 2:
             raise ValueError(f"cache_bytes = {settings.cache_bytes}: must be at least {2 * page_bytes}, two pages")
         return pages
-    memory = jax.local_devices()[0].memory_stats()
-    free = (memory["bytes_limit"] - memory["bytes_in_use"]) * ACCELERATOR_SHARE if memory else CPU_BYTES
-    return max(2, min(slots * needed + 1, int(free) // page_bytes))
+    free = _free_memory(model)
+    room = CPU_BYTES if free is None else int(free * ACCELERATOR_SHARE)
+    return max(2, min(slots * needed + 1, room // page_bytes))
+
+
+def _free_memory(model: Model) -> int | None:
+    """Return bytes that are free on each device of the model; None for those that have no memory of their own."""
+    devices = jax.tree.leaves(model.params)[0].sharding.addressable_devices
+    stats = [device.memory_stats() for device in devices]
+    own = min(found["bytes_limit"] - found["bytes_in_use"] for found in stats) if all(stats) else None
+    everywhere = gather(own) if model.processes > 1 else [own]
+    return None if None in everywhere else min(everywhere)

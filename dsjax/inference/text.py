@@ -14,7 +14,12 @@ INCOMPLETE = 3
 
 
 class TextStream:
-    """Text that grows token by token; never a part of a character that the next token could complete."""
+    """Text that grows token by token; never a part of a character that the next token could complete.
+
+    Attributes:
+        before: tokens in front of the first.
+        shown: beginning of the text of all tokens that is not returned; None for the text of `before`.
+    """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), shown: str | None = None):
         """Begins behind other tokens.
@@ -27,6 +32,7 @@ class TextStream:
         self._tokenizer = tokenizer
         # Only what came since the text last ended with a whole character is decoded again, and what came just before,
         # because some tokenizers drop a space in front of the first token.
+        self.before, self.shown = before, shown
         self._context, self._pending = list(before), []
         self._done = len(tokenizer.decode(self._context) if shown is None else shown)
 
@@ -48,20 +54,24 @@ class TextStream:
 
 
 class StopStrings:
-    """Ends a text in front of the first of some strings, wherever the borders of its pieces are."""
+    """Ends a text in front of the first of some strings, wherever the borders of its pieces are.
+
+    Attributes:
+        strings: these.
+    """
 
     def __init__(self, strings: Sequence[str]):
         """Raises ValueError for a string without characters."""
         if "" in strings:
             raise ValueError("stop = '': must have at least one character")
-        self._strings, self._held = strings, ""
+        self.strings, self._held = strings, ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Takes the next piece; returns text that is in front of any stop, and whether one has come."""
         text = self._held + text
-        if found := [at for string in self._strings if (at := text.find(string)) >= 0]:
+        if found := [at for string in self.strings if (at := text.find(string)) >= 0]:
             return text[: min(found)], True
-        held = max((_overlap(text, string) for string in self._strings), default=0)
+        held = max((_overlap(text, string) for string in self.strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.config import ModelConfig
 from dsjax.numerics import linear as fp8
@@ -29,6 +29,14 @@ def embedding(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
 def norm_weight(width: int) -> nnx.Param:
     """Return the gain of an RMSNorm, at 1."""
     return nnx.Param(jnp.ones(width, jnp.float32))
+
+
+def embedded(table: Float[Array, "V D"], tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """Return the embeddings of tokens.
+
+    Behind a barrier: XLA would look them up anew wherever they are read, and keep a table that was gathered for this.
+    """
+    return jax.lax.optimization_barrier(table[tokens])
 
 
 def linear(x: Float[Array, "*batch I"], w: Float[Array, "O I"] | Fp8Weight) -> Float[Array, "*batch O"]:

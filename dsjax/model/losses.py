@@ -65,8 +65,8 @@ def _cross_entropy_forward(hidden: Array, head: Array, targets: Array, weights: 
     start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
     (total, d_head), (d_hidden, losses) = _over_chunks(body, start, (hidden, targets, weights), chunk)
     losses = losses.reshape(-1)
-    # Rounded now: XLA would keep it in float32 for whoever reads it.
-    d_head = jax.lax.optimization_barrier(d_head.astype(head.dtype))
+    # Rounded now: XLA would keep it in float32 until somebody reads it, MTP modules' backward pass over.
+    d_head, d_hidden = jax.lax.optimization_barrier((d_head.astype(head.dtype), d_hidden))
     return (total, losses), (d_hidden.reshape(hidden.shape), d_head, losses)
 
 

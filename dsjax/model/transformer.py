@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from dsjax.config import ModelConfig
 from dsjax.model.block import Block, block_function
 from dsjax.model.context import Context, context
-from dsjax.model.layers import RouterBias, cast_weights, embedding, linear, norm_weight, rms_norm, weight
+from dsjax.model.layers import RouterBias, cast_weights, embedded, embedding, linear, norm_weight, rms_norm, weight
 from dsjax.model.layout import Rows, layers_of, stack
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import MoEAux
@@ -209,7 +209,7 @@ def losses(
     params = quantize_weights(cast_weights(params, runtime.compute_dtype), runtime.recipe)
     ctx = context(config, tokens.shape[1] - 1, segments=segments, balance_weight=balance_weight)
     dense = layers_of(params.get("dense", {}), config.first_k_dense_replace)
-    x = dense_layers(dense, params["embed"][tokens[:, :-1]], ctx, config=config, runtime=runtime)
+    x = dense_layers(dense, embedded(params["embed"], tokens[:, :-1]), ctx, config=config, runtime=runtime)
     x, aux = moe_layers(params, biases, x, ctx, config=config, runtime=runtime)
     found = predictions(params, biases, x, tokens, ctx, config=config, runtime=runtime, mtp_weight=mtp_weight)
     every = [part for part in (aux, found.aux) if part is not None]
@@ -236,11 +236,11 @@ def predictions(
     depth = config.num_nextn_predict_layers if mtp_weight is not None else 0
     states, all_aux = [rms_norm(x, params["norm"], config.rms_norm_eps)], []
     block = block_function(config, runtime)
-    embedded = params["embed"][tokens[:, 1:]] if depth else None
+    following = embedded(params["embed"], tokens[:, 1:]) if depth else None
     for k in range(depth):
         module, bias = jax.tree.map(lambda leaf, k=k: leaf[k], (params["mtp"], biases.get("mtp", {})))
         # Position i embeds token i + k + 1; the last k positions have none, and no target either.
-        ahead = jnp.pad(embedded[:, k:], ((0, 0), (0, k), (0, 0)))
+        ahead = jnp.pad(following[:, k:], ((0, 0), (0, k), (0, 0)))
         layer_ctx = ctx.for_layer(bias_of(bias.get("block", {})))
         hidden, module_aux = mtp(module, states[-1], ahead, layer_ctx, block, config=config)
         states.append(hidden)

@@ -16,6 +16,7 @@ from jax._src.distributed import global_state  # JAX has no public name for the 
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.parallel.mesh import AXES
+from dsjax.settings import in_one_line
 
 _PATIENCE = 7 * 24 * 3600 * 1000
 """Milliseconds. Process 0 may make tokens of a corpus meanwhile; if it is lost, JAX ends those that wait."""
@@ -50,7 +51,7 @@ def on_first(act: Callable[[], None]) -> None:
         try:
             act()
         except (ValueError, OSError) as error:
-            message = str(error) or "no reason given"
+            message = in_one_line(error)
     message = gather(message)[0]
     if message:
         raise ValueError(message)

@@ -116,6 +116,16 @@ def _exchange_facts(config: Config) -> list[dict[str, Any]]:
     return facts
 
 
+def require_alike(own: Mapping[str, str]) -> None:
+    """Compare versions, and what processes have by the same names; to be called by all.
+
+    Raises:
+        ValueError: on every process, about all that is not the same.
+    """
+    found = gather({"host": socket.gethostname(), "alike": _versions() | own})
+    _refuse(list(_odd_ones([each["alike"] for each in found], [each["host"] for each in found])))
+
+
 def _versions() -> dict[str, str]:
     """Return versions by name, those of the machine too; what is absent is `none`."""
     found = {"Python": platform.python_version()}

@@ -4,9 +4,11 @@ A schedule runs four pieces of a chunk at times of its own (zero bubble, arXiv 2
 3.2.1):
 
     y, aux, residuals = fwd(params, x, ctx)
-    dx, dparams       = bwd(params, residuals, ctx, dy)             or, at two different times,
+    dx, totals        = bwd(params, residuals, ctx, dy, totals)     or, at two different times,
     dx, tape          = bwd_input(params, residuals, ctx, dy)
-    dparams           = bwd_weight(params, tape, ctx)
+    totals            = bwd_weight(params, tape, ctx, totals)
+
+The gradients of `params` are added to `totals`, which are float32: sums over micro-batches.
 
 All are slices of one list of equations: `jax.vjp` of the chunk is traced once, calls (jit, checkpoint, custom
 derivatives) are written out, and each piece keeps the equations that its results depend on. So a chunk is an ordinary
@@ -29,10 +31,12 @@ only the other needs. That is for the overflow of the expert exchange (`parallel
 the gradient of all experts: on the tape these would be as large as the parameters, for each micro-batch in flight and
 usually zero. In `bwd_weight` it needs the tokens, their cotangent and their routing, which are on the tape anyway or
 small. The price is paid by an overflow only: its exchange runs once more, with the all-to-alls that this takes, under a
-predicate on which all devices of the exchange agree.
+predicate on which all devices of the exchange agree. And what a `lax.cond` makes of a gradient in one case, where it is
+zero in the other, is added to the totals inside of it: there are never zeros as large as the parameters.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +88,12 @@ class SplitVJP:
 
     fwd: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, tuple[Array, ...]]]
     """`fwd(params, x, ctx) -> y, aux, residuals`"""
-    bwd: Callable[[PyTree, tuple[Array, ...], PyTree, PyTree], tuple[PyTree, PyTree]]
-    """`bwd(params, residuals, ctx, dy) -> dx, dparams`"""
+    bwd: Callable[[PyTree, tuple[Array, ...], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    """`bwd(params, residuals, ctx, dy, totals) -> dx, totals`"""
     bwd_input: Callable[[PyTree, tuple[Array, ...], PyTree, PyTree], tuple[PyTree, tuple[Array, ...]]]
     """`bwd_input(params, residuals, ctx, dy) -> dx, tape`"""
-    bwd_weight: Callable[[PyTree, tuple[Array, ...], PyTree], PyTree]
-    """`bwd_weight(params, tape, ctx) -> dparams`"""
+    bwd_weight: Callable[[PyTree, tuple[Array, ...], PyTree, PyTree], PyTree]
+    """`bwd_weight(params, tape, ctx, totals) -> totals`"""
     residual_avals: tuple[jax.ShapeDtypeStruct, ...]
     tape_avals: tuple[jax.ShapeDtypeStruct, ...]
     y_avals: PyTree[jax.ShapeDtypeStruct]
@@ -152,23 +156,29 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
     residual_vars = program.smallest((v for v in kept if v in before), given=again)
     products = program.only_weights(dx_out, dparams_out, available=[*again, *residual_vars, *dy_vars])
     tape_vars = program.smallest(reads(products, dparams_out), given=again, inputs=[*residual_vars, *dy_vars])
+    totals = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), params)
+    total_vars = _new_vars(totals)
+    totals_out = program.added(dparams_out, total_vars)
 
     residuals, tape = (tuple(_aval(var.aval) for var in variables) for variables in (residual_vars, tape_vars))
     of_forward = {"params": params, "x": x, "ctx": ctx}
     of_backward = {"params": params, "residuals": residuals, "ctx": ctx, "dy": y}
+    of_weight = {"params": params, "tape": tape, "ctx": ctx, "totals": totals}
     forward_in = [*param_vars, *x_vars, *ctx_vars]
     backward_in = [*param_vars, *residual_vars, *ctx_vars, *dy_vars]
     piece = program.piece
     return SplitVJP(
         fwd=piece("fwd", of_forward, forward_in, [*y_out, *aux_out, *residual_vars], (y, aux, residuals)),
-        bwd=piece("bwd", of_backward, backward_in, results, (x, params)),
+        bwd=piece(
+            "bwd",
+            of_backward | {"totals": totals},
+            [*backward_in, *total_vars],
+            [*dx_out, *totals_out],
+            (x, totals),
+        ),
         bwd_input=piece("bwd_input", of_backward, backward_in, [*dx_out, *tape_vars], (x, tape)),
         bwd_weight=piece(
-            "bwd_weight",
-            {"params": params, "tape": tape, "ctx": ctx},
-            [*param_vars, *tape_vars, *ctx_vars],
-            dparams_out,
-            params,
+            "bwd_weight", of_weight, [*param_vars, *tape_vars, *ctx_vars, *total_vars], totals_out, totals
         ),
         residual_avals=residuals,
         tape_avals=tape,
@@ -293,6 +303,39 @@ class _Program:
 
         return tuple(v for root in roots for v in choice(root))
 
+    def added(self, grads: Sequence[Any], totals: Sequence[jex.Var]) -> list[Any]:
+        """Append the additions of gradients to totals, and return the sums.
+
+        Summands that a conditional makes in some cases only are added to the total inside of it."""
+        made = {var: eqn for eqn in self.eqns for var in eqn.outvars}
+        readers = Counter(var for eqn in self.eqns for var in variables(eqn.invars))
+        readers.update(variables(grads))
+
+        def is_rare(term: Any) -> bool:
+            return (
+                not isinstance(term, jex.Literal) and readers[term] == 1 and term in made and _is_rare(made[term], term)
+            )
+
+        def terms_of(grad: Any) -> list[Any]:
+            eqn = None if isinstance(grad, jex.Literal) or readers[grad] > 1 else made.get(grad)
+            if eqn is not None and eqn.primitive.name == "add_any" and any(map(is_rare, eqn.invars)):
+                return list(eqn.invars)
+            return [grad]
+
+        inside: dict[jex.Var, tuple[jex.Var, jex.Var]] = {}
+        sums, added = list(totals), list(map(terms_of, grads))
+        for at, terms in enumerate(added):
+            if rare := [term for term in terms if is_rare(term)]:
+                sums[at] = jex.Var(totals[at].aval)
+                inside[rare[0]] = totals[at], sums[at]
+                terms.remove(rare[0])
+        self.eqns = [_adding(eqn, inside) if inside.keys() & set(eqn.outvars) else eqn for eqn in self.eqns]
+        for at, terms in enumerate(added):
+            for term in terms:
+                add = jax.make_jaxpr(lambda total, grad: total + grad.astype(jnp.float32))(sums[at].aval, term.aval)
+                (sums[at],) = self.inline(add, [sums[at], term])
+        return sums
+
     def piece(
         self, name: str, args: dict[str, PyTree], inputs: list[jex.Var], outputs: list[Any], like: PyTree
     ) -> Callable:
@@ -341,6 +384,48 @@ def _restricted(eqn: jex.JaxprEqn, needed: set[Any]) -> jex.JaxprEqn:
     )
     (eqn,) = partial_eval.dce_jaxpr(alone, True)[0].eqns
     return eqn
+
+
+def _is_rare(eqn: jex.JaxprEqn, out: jex.Var) -> bool:
+    """Whether a result is that of a conditional, and zero in some of its cases."""
+    return eqn.primitive is primitives.cond_p and any(
+        _is_zero(branch.jaxpr, branch.jaxpr.outvars[eqn.outvars.index(out)]) for branch in eqn.params["branches"]
+    )
+
+
+def _is_zero(jaxpr: jex.Jaxpr, out: Any) -> bool:
+    made = [eqn for eqn in jaxpr.eqns if out in eqn.outvars]
+    if not made or made[0].primitive.name != "broadcast_in_dim":
+        return False
+    (operand, *_) = made[0].invars
+    return isinstance(operand, jex.Literal) and operand.val == 0
+
+
+def _adding(eqn: jex.JaxprEqn, inside: Mapping[jex.Var, tuple[jex.Var, jex.Var]]) -> jex.JaxprEqn:
+    """Return a conditional that adds some of its results to totals, which it leaves as they are where those are zero.
+
+    Args:
+        inside: for results that are added, the total and the sum.
+    """
+    index, *operands = eqn.invars
+    added = [at for at, var in enumerate(eqn.outvars) if var in inside]
+    totals = [inside[eqn.outvars[at]][0] for at in added]
+
+    def with_sums(branch: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+        def run(*args: Array) -> list[Array]:
+            results = jex.jaxpr_as_fun(branch)(*args[: len(operands)])
+            for at, total in zip(added, args[len(operands) :], strict=True):
+                zero = _is_zero(branch.jaxpr, branch.jaxpr.outvars[at])
+                results[at] = total if zero else total + results[at].astype(jnp.float32)
+            return results
+
+        return jax.make_jaxpr(run)(*(atom.aval for atom in [*operands, *totals]))
+
+    return eqn.replace(
+        invars=[index, *operands, *totals],
+        outvars=[inside[var][1] if var in inside else var for var in eqn.outvars],
+        params=eqn.params | {"branches": tuple(map(with_sums, eqn.params["branches"]))},
+    )
 
 
 def _by_output(eqn: jex.JaxprEqn) -> list[tuple[jex.Var, jex.JaxprEqn]]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.config import Config
 from dsjax.model.context import Context, context
-from dsjax.model.layers import cast_weights
+from dsjax.model.layers import cast_weights, embedded
 from dsjax.model.layout import layers_of
 from dsjax.model.transformer import dense_layers, predictions
 from dsjax.numerics.weights import apart, quantize_weights
@@ -84,7 +84,7 @@ def losses_of_device(
             def embed(window=window, ctx=ctx) -> Array:
                 own = gathered(FIRST)
                 dense = layers_of(own.get("dense", {}), model.first_k_dense_replace)
-                return dense_layers(dense, own["embed"][window[:, :-1]], ctx, config=model, runtime=runtime)
+                return dense_layers(dense, embedded(own["embed"], window[:, :-1]), ctx, config=model, runtime=runtime)
 
             x = lax.cond(stage[slot] == 0, embed, lambda slot=slot: arrived[slot])
             y = run_layers_of(slot, x, ctx)

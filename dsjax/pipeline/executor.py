@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
+from dsjax.pipeline import buffers
 from dsjax.pipeline.chunk import SplitVJP, split_vjp
 from dsjax.pipeline.overlap import interleaved
 from dsjax.pipeline.program import Field, Program, Segment
@@ -132,14 +133,11 @@ class Executor:
         results = results or self._no_results()
         pools, pieces = self.program.pools, self.pieces
 
-        def buffer(depth: int, like: PyTree) -> PyTree:
-            return jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), like)
-
         return _State(
-            activations=buffer(pools.activations + 1, self.x),
-            gradients=buffer(pools.gradients + 1, self.x),
-            residuals=tuple(buffer(pools.residuals, pieces.residual_avals) for _ in self.weights[0]),
-            tapes=tuple(buffer(pools.tapes, pieces.tape_avals) for _ in self.weights[0]) if pools.tapes else (),
+            activations=buffers.empty(pools.activations + 1, self.x),
+            gradients=buffers.empty(pools.gradients + 1, self.x),
+            residuals=tuple(buffers.empty(pools.residuals, pieces.residual_avals) for _ in self.weights[0]),
+            tapes=tuple(buffers.empty(pools.tapes, pieces.tape_avals) for _ in self.weights[0]) if pools.tapes else (),
             results=results,
         )
 
@@ -150,7 +148,7 @@ class Executor:
         def body(state: _State, rows: Int[Array, "period ranks fields"]) -> tuple[_State, None]:
             for (phase, branches, number_of), row in zip(phases, rows, strict=True):
                 row = row[self.row_of_rank]
-                functions = [self.branch(*branch) for branch in branches]
+                functions = [self.branch(*branch, alone=len(branches) == 1) for branch in branches]
                 if len(functions) == 1:
                     state, sent = functions[0](state, row)
                 else:
@@ -164,7 +162,7 @@ class Executor:
                     for channel in transfer.channels[1:]:
                         slot = jnp.minimum(slot, row[channel.field])
                     buffer = {"activation": "activations", "gradient": "gradients"}[transfer.payload]
-                    state = replace(state, **{buffer: _put(getattr(state, buffer), arrived, slot)})
+                    state = replace(state, **{buffer: buffers.write(getattr(state, buffer), arrived, slot)})
             return state, None
 
         rows = table[segment.start : segment.stop].reshape(-1, period, *table.shape[1:])
@@ -194,8 +192,12 @@ class Executor:
                 number_of[code, rank] = branches.index(branch)
         return branches, number_of
 
-    def branch(self, opcode: tuple[tuple[Kind, int], ...], counts: tuple[int, ...]) -> Callable:
-        """Return what a rank does in a tick: `(state, row) -> (state, {"activation": y, "gradient": dx})`."""
+    def branch(self, opcode: tuple[tuple[Kind, int], ...], counts: tuple[int, ...], alone: bool = False) -> Callable:
+        """Return what a rank does in a tick: `(state, row) -> (state, {"activation": y, "gradient": dx})`.
+
+        Args:
+            alone: whether all ranks do it.
+        """
         is_pair = {Kind.F, Kind.B} <= {kind.role for kind, _ in opcode}
         runs = self.in_pairs if is_pair else self
         pieces = runs.pieces if is_pair else runs.alone
@@ -205,15 +207,17 @@ class Executor:
             for kind, slot in opcode:
                 match kind:
                     case Kind.F:
-                        read[kind] = _at(state.activations, row[Field.F_INPUT])
+                        read[kind] = buffers.read(state.activations, row[Field.F_INPUT])
                     case Kind.B | Kind.I:
                         read[kind] = (
-                            _at(state.residuals[: counts[slot]], row[Field.B_RESIDUAL]),
-                            _at(state.gradients, row[Field.B_INPUT]),
+                            buffers.read(state.residuals[: counts[slot]], row[Field.B_RESIDUAL]),
+                            buffers.read(state.gradients, row[Field.B_INPUT]),
                         )
                     case Kind.W:
-                        read[kind] = _at(state.tapes[: counts[slot]], row[Field.W_TAPE])
+                        read[kind] = buffers.read(state.tapes[: counts[slot]], row[Field.W_TAPE])
             if self.program.schedule.ranks > 1:
+                if is_pair and alone:
+                    read, state = _after_grads(read, state)
                 read, state = _before_writes(read, state)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
             sent = {"activation": zeros, "gradient": zeros}
@@ -260,11 +264,13 @@ class Executor:
             total = jax.tree.map(jnp.add, results.aux[slot][place], aux)
             state = replace(
                 state,
-                residuals=_with(state.residuals, place, _put(state.residuals[place], residuals, row[Field.F_RESIDUAL])),
+                residuals=_with(
+                    state.residuals, place, buffers.write(state.residuals[place], residuals, row[Field.F_RESIDUAL])
+                ),
                 results=results._replace(aux=_with(results.aux, slot, _with(results.aux[slot], place, total))),
             )
         if self.program.schedule.route.kind == "vee":
-            state = replace(state, activations=_put(state.activations, y, row[Field.F_TURN]))
+            state = replace(state, activations=buffers.write(state.activations, y, row[Field.F_TURN]))
         if self._has(self._last_stage, slot):
             state = self._finish(state, row, y)
         return state, y
@@ -283,7 +289,7 @@ class Executor:
         dy, edge_grads, report = self._only_if(row[Field.F_LAST], last, not_last)
         return replace(
             state,
-            gradients=_put(state.gradients, dy, row[Field.F_LOSS]),
+            gradients=buffers.write(state.gradients, dy, row[Field.F_LOSS]),
             results=results._replace(edge_grads=edge_grads, report=report),
         )
 
@@ -299,14 +305,20 @@ class Executor:
     ) -> tuple[_State, PyTree]:
         model, micro_batch, dx = self.model, row[Field.B_MICRO_BATCH], dy
         for place in reversed(range(len(residuals))):
+            if kind is Kind.B and place + 2 < len(residuals):
+                # The gradients of one layer may wait and fill gaps; those of all would need memory for all.
+                state, dx = _after_place(state, slot, place + 2, dx)
             arguments = self.weights[slot][place], residuals[place], model.context(slot, place, micro_batch), dx
             if kind is Kind.B:
-                dx, grads = pieces.bwd(*arguments)
-                state = _add_grads(state, slot, place, grads)
+                dx, grads = pieces.bwd(*arguments, state.results.grads[slot][place])
+                state = _with_grads(state, slot, place, grads)
             else:
                 dx, tape = pieces.bwd_input(*arguments)
                 state = replace(
-                    state, tapes=_with(state.tapes, place, _put(state.tapes[place], tape, row[Field.B_TAPE]))
+                    state,
+                    tapes=_with(
+                        state.tapes, place, buffers.write_in_branch(state.tapes[place], tape, row[Field.B_TAPE])
+                    ),
                 )
         if self._has(0, slot):
             results = state.results
@@ -319,7 +331,7 @@ class Executor:
             edge_grads = self._only_if(row[Field.B_FIRST], first, lambda: results.edge_grads)
             state = replace(state, results=results._replace(edge_grads=edge_grads))
         if self.program.schedule.route.kind == "vee":
-            state = replace(state, gradients=_put(state.gradients, dx, row[Field.B_TURN]))
+            state = replace(state, gradients=buffers.write(state.gradients, dx, row[Field.B_TURN]))
         return state, dx
 
     def _weights(self, state: _State, row: Int[Array, " fields"], slot: int, pieces: SplitVJP, tapes: tuple) -> _State:
@@ -327,7 +339,8 @@ class Executor:
             if place:  # left alone, XLA makes the gradients of all layers before it adds them up
                 state, tape = _after_place(state, slot, place - 1, tape)
             ctx = self.model.context(slot, place, row[Field.W_MICRO_BATCH])
-            state = _add_grads(state, slot, place, pieces.bwd_weight(self.weights[slot][place], tape, ctx))
+            grads = pieces.bwd_weight(self.weights[slot][place], tape, ctx, state.results.grads[slot][place])
+            state = _with_grads(state, slot, place, grads)
         return state
 
     def _edges(self, names: tuple[str, ...]) -> PyTree:
@@ -343,12 +356,6 @@ class Executor:
         return then() if self.program.schedule.ranks == 1 else lax.cond(flag > 0, then, otherwise)
 
 
-def _add_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
-    results = state.results
-    total = jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), results.grads[slot][place], grads)
-    return _with_grads(state, slot, place, total)
-
-
 def _with_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
     results = state.results
     all_grads = _with(results.grads, slot, _with(results.grads[slot], place, grads))
@@ -357,20 +364,6 @@ def _with_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
 
 def _with[T](values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
     return (*values[:at], value, *values[at + 1 :])
-
-
-def _at(buffer: PyTree, slot: Int[Array, ""]) -> PyTree:
-    def read(leaf: Array) -> Array:
-        return leaf[0] if len(leaf) == 1 else lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False)
-
-    return jax.tree.map(read, buffer)
-
-
-def _put(buffer: PyTree, value: PyTree, slot: Int[Array, ""]) -> PyTree:
-    def write(leaf: Array, new: Array) -> Array:
-        return new[None] if len(leaf) == 1 else lax.dynamic_update_index_in_dim(leaf, new, slot, 0)
-
-    return jax.tree.map(write, buffer, value)
 
 
 def _before_writes(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
@@ -385,6 +378,13 @@ def _before_writes(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any
     early = {kind: value for kind, value in read.items() if kind is not Kind.W or Kind.I in read}
     early, written = lax.optimization_barrier((early, written))
     return read | early, replace(state, **written)
+
+
+def _after_grads(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
+    """Make a pair wait for the gradients of ticks before. They then fill the time of the transfers between, which is
+    all that there is for it; free to, they would fill some in the pair, where there is other work."""
+    read, grads = lax.optimization_barrier((read, state.results.grads))
+    return read, replace(state, results=state.results._replace(grads=grads))
 
 
 def _after_place(state: _State, slot: int, place: int, value: PyTree) -> tuple[_State, PyTree]:

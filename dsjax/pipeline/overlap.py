@@ -8,8 +8,10 @@ section 3.2.1, Figure 4). Step by step, for each layer:
 
 XLA starts a transfer as early and waits for it as late as it can, but which chunk to compute next it does not know:
 left alone it takes one as far as it gets, and then sends the tokens of both with nothing left to compute. So here every
-step waits for the one before it, and in a step the second hop of the tokens for the first half of the computing.
-Gradients of weights, which nobody waits for, stay free to fill gaps, such as the transfers between stages.
+step waits for the one before it. In a step, the computing is divided into as many parts as the tokens have hops, and
+what follows a hop waits for the part beside it: else XLA would go on with the tokens as soon as they are there, and
+compute afterwards. Gradients of weights, which nobody waits for, stay free to fill gaps, such as the transfers between
+stages.
 """
 
 import re
@@ -41,31 +43,29 @@ class _Moment(NamedTuple):
     part: int
 
 
-def interleaved(function: Callable[..., PyTree], *, strictly: bool = False) -> Callable[..., PyTree]:
+def interleaved(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Return a function of the same results in which the components of two chunks take turns.
 
     Args:
         function: whose equations are in a scope named F, or B or I; and in one named dispatch, combine or overflow, if
             they are part of the expert exchange.
-        strictly: whether what follows a hop waits for all of the computing beside it. Where there are no gradients of
-            weights to fill gaps, XLA would go on with the tokens as soon as they are there, and compute afterwards.
     """
 
     def in_turns(*args: PyTree) -> PyTree:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         jaxpr = closed.jaxpr
         component_of = _components(jaxpr)
-        moment_of = _moments(jaxpr, component_of, strictly)
+        moment_of = _moments(jaxpr, component_of)
         groups: dict[_Moment, list[jex.JaxprEqn]] = defaultdict(list)
         for eqn in jaxpr.eqns:
             groups[moment_of[eqn.outvars[0]]].append(eqn)
         values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         values |= zip(jaxpr.invars, jax.tree.leaves(args), strict=True)
-        last_read = _last_reads(jaxpr, moment_of) if strictly else {}
+        last_read = _last_reads(jaxpr, moment_of)
         for moment, eqns in sorted(groups.items()):
             needed, made = reads(eqns), [var for eqn in eqns for var in eqn.outvars]
             behind = [var for var in needed if var in moment_of and _follows(moment, moment_of[var])]
-            if strictly and moment.part and all(component_of[var].on_network for var in behind):
+            if moment.part and all(component_of[var].on_network for var in behind):
                 # It reads nothing of what was computed beside it.
                 behind += [
                     var
@@ -97,11 +97,11 @@ def _components(jaxpr: jex.Jaxpr) -> dict[jex.Var, _Component]:
     return component_of
 
 
-def _moments(jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component], strictly: bool) -> dict[jex.Var, _Moment]:
+def _moments(jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component]) -> dict[jex.Var, _Moment]:
     """Divide every component into parts: by its hops, or by those of its products that wait for each other.
 
-    Strictly, a part of the network is a hop and what it takes, and there are as many parts of the computing beside it;
-    what follows the last hop is one more. Else both have two halves.
+    A part of the network is a hop and what it takes; what follows the last hop is one more. There are as many parts of
+    the computing as there are hops beside it.
     """
     depth_of: dict[jex.Var, int] = {}
     before_of: dict[jex.Var, int] = {}
@@ -118,9 +118,7 @@ def _moments(jaxpr: jex.Jaxpr, component_of: dict[jex.Var, _Component], strictly
         out = eqn.outvars[0]
         component = component_of[out]
         before = [moment_of[var] for var in variables(eqn.invars) if var in moment_of]
-        if not strictly:
-            part = int(2 * depth_of[out] > deepest[component] + 1)
-        elif component.on_network:
+        if component.on_network:
             part = before_of[out]
         else:
             parts = max(1, deepest[_Component(component.step, True)])

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax.config import Config
 from dsjax.model.context import Context, context
-from dsjax.model.layers import cast_weights
+from dsjax.model.layers import cast_weights, embedded
 from dsjax.model.layout import layers_of
 from dsjax.model.moe import MoEAux
 from dsjax.model.transformer import dense_layers, predictions
@@ -174,7 +174,7 @@ def executor_of_device(
             return (in_use(layer, at) for layer in layers(edges.get("dense", {})))
 
         def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
-            x = ready(edges)["embed"][micro_batches[micro_batch, :, :-1]]
+            x = embedded(ready(edges)["embed"], micro_batches[micro_batch, :, :-1])
             return dense_layers(dense_of(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
 
         def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):

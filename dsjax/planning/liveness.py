@@ -21,7 +21,8 @@ _IN_MEMORY = {
 }
 _LOOPS = {"scan", "while"}
 _IN_PLACE = {"dynamic_update_slice", "optimization_barrier"}
-"""Whose results are their inputs' memory."""
+"""Whose results are their inputs' memory. So are those that a `cond` gives back as they came, in one of its cases, if
+nothing else reads them."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,18 @@ def peak(jaxpr: jex.Jaxpr, scopes: Sequence[str] = ()) -> Peak:
         if any(var in roots for var in eqn.outvars):
             last |= dict.fromkeys(_read(eqn, roots), at)
     results = set(variables(jaxpr.outvars))
+    in_place = set()
+    read_later: set[Any] = set()
     for eqn in reversed(eqns):
         for var, out in _in_place(eqn):
+            if eqn.primitive.name == "cond" and var in read_later:
+                continue
+            in_place.add(out)
             if out in results:
                 results.add(var)
             elif out in last:
                 last[var] = max(last.get(var, 0), last[out])
+        read_later.update(variables(eqn.invars))
     held: dict[str, int] = defaultdict(int)
     leaving: dict[int, list[tuple[str, int]]] = defaultdict(list)
     scope_of: dict[Any, str] = {}
@@ -64,7 +71,7 @@ def peak(jaxpr: jex.Jaxpr, scopes: Sequence[str] = ()) -> Peak:
                 held[scope_of[var]] -= _bytes(var)
                 leaving[at].remove((scope_of[var], _bytes(var)))
         for var in eqn.outvars:
-            if var in roots and var not in results and eqn.primitive.name not in _IN_PLACE and var in last:
+            if var in roots and var not in results and var not in in_place and var in last:
                 held[scope] += _bytes(var)
                 leaving[last[var]].append((scope, _bytes(var)))
                 scope_of[var] = scope
@@ -89,6 +96,13 @@ def _in_place(eqn: jex.JaxprEqn) -> list[tuple[Any, jex.Var]]:
             pairs = zip(eqn.invars, eqn.outvars, strict=True)
         case "dynamic_update_slice":
             pairs = [(eqn.invars[0], eqn.outvars[0])]
+        case "cond":
+            pairs = [
+                (eqn.invars[1 + branch.jaxpr.invars.index(given)], out)
+                for branch in eqn.params["branches"]
+                for given, out in zip(branch.jaxpr.outvars, eqn.outvars, strict=True)
+                if given in branch.jaxpr.invars
+            ]
         case _:
             pairs = []
     return [(var, out) for var, out in pairs if not isinstance(var, jex.Literal)]

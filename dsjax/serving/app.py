@@ -101,6 +101,8 @@ async def _body(request: Request, most: int) -> bytes:
     # Browsers let foreign pages send plain text and forms to any address, but not this without asking.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type: must be application/json")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise ApiError(415, f"Content-Encoding: {coding} is not supported; send the body as it is")
     too_large = ApiError(413, f"the body must have at most {most} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:

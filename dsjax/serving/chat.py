@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsjax.data.tokenizer import Tokenizer
@@ -35,6 +36,8 @@ BUILT_IN = """{{ bos_token }}
 {%- endif %}"""
 """The format of DeepSeek-V3 and R1: turns without line breaks between them, earlier answers without their thinking."""
 
+_GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
+"""Variables that every template has."""
 THINKING_TAGS = ("<think>", "</think>")
 """Of an answer's thinking; templates look for them in earlier answers."""
 
@@ -48,6 +51,7 @@ class ChatTemplate:
     Attributes:
         origin: where it is from, for people.
         end: id of the token that ends an answer.
+        variables: that the template reads beside those that it always has.
     """
 
     def __init__(self, source: str, origin: str, tokenizer: Tokenizer, *, bos: str, eos: str):
@@ -71,6 +75,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda format: f"{datetime.now():{format}}"}
         try:
             self._template = environment.from_string(source)
+            self.variables = find_undeclared_variables(environment.parse(source)) - _GIVEN
         except jinja2.TemplateError as error:
             raise ValueError(f"{origin}: the chat template is no Jinja: {error}") from error
         if eos not in tokenizer.added:

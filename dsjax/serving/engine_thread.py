@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.request import Finish, Request, Token
+from dsjax.parallel.hosts import processes
 
 STALL = 120.0
 """Seconds after which a step that does not come back counts as a fault."""
@@ -84,7 +85,8 @@ class EngineThread:
 
     Attributes:
         engine: what it steps.
-        is_ready: whether all programs are compiled.
+        is_starting: whether programs are being compiled.
+        is_ready: whether all are.
         failure: what the thread has died of.
     """
 
@@ -106,7 +108,7 @@ class EngineThread:
             on_end: called for every request that has ended.
             on_failure: called when the thread has died.
         """
-        self.engine, self.is_ready, self.failure = engine, False, None
+        self.engine, self.is_starting, self.is_ready, self.failure = engine, True, False, None
         self._loop, self._on_ready, self._on_end, self._on_failure = loop, on_ready, on_end, on_failure
         self._wake, self._stopping = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -119,7 +121,7 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end when the engine has no more work, and wait for that."""
+        """Let the thread end when the engine has no more work, or behind the program that it compiles; wait for that."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -183,9 +185,11 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self.engine.warm_up()
-            self.is_ready = True
-            self._loop.call_soon_threadsafe(self._on_ready)
+            self.engine.warm_up(lambda: self._stopping)
+            with self._wake:
+                self.is_starting, self.is_ready = False, not self._stopping
+            if self.is_ready:
+                self._loop.call_soon_threadsafe(self._on_ready)
             while self._has_work():
                 self._step_began = time.monotonic()
                 self.engine.step()
@@ -193,9 +197,10 @@ class EngineThread:
                 self._hand_over()
             self.engine.close()
         except BaseException as error:
-            self.failure = error
+            self.failure, self.is_starting = error, False
             self._loop.call_soon_threadsafe(self._fail)
-            raise
+            if processes() == 1:  # of several, the command says what has happened
+                raise
 
     def _has_work(self) -> bool:
         """Wait for work; return whether there is any, and not the end."""

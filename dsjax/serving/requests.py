@@ -211,9 +211,11 @@ class Fields:
         if value is None:
             return default
         if not is_integer(value) or not lowest <= value <= highest:
-            below = f" and at most {highest}" if highest < 2**63 - 1 else ""
-            above = f", at least {lowest}" if lowest > -(2**63) else ""
-            raise self.wrong(name, value, f"an integer{above}{below}")
+            # Limits that nobody meets by chance are told only to those who have.
+            below = highest if highest < 2**63 - 1 or (is_integer(value) and value > highest) else None
+            above = lowest if lowest > -(2**63) or (is_integer(value) and value < lowest) else None
+            limits = [f"{words} {limit}" for words, limit in (("at least", above), ("at most", below)) if limit is not None]
+            raise self.wrong(name, value, ", ".join(["an integer", " and ".join(limits)][: 1 + bool(limits)]))
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -221,8 +223,10 @@ class Fields:
         value = self._left.pop(name, None)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**63:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(name, value, "a number")
+        if not abs(value) < 2**63:
+            raise self.wrong(name, value, "a number between -2**63 and 2**63")
         return float(value)
 
     def any(self, name: str) -> Any:

@@ -1,20 +1,24 @@
-"""A server's life: it listens, compiles, serves, drains and ends."""
+"""A server's life: it listens, compiles, serves, drains and ends. Of several processes the first does, the others
+follow its engine."""
 
 import asyncio
 import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from dsjax.inference.deployment import chosen
+from dsjax.inference.console import follow, warnings_said
+from dsjax.inference.deployment import chosen, take_devices
 from dsjax.inference.engine import Engine
 from dsjax.inference.load import load_model
 from dsjax.inference.settings import EngineSettings, Precision
-from dsjax.parallel.hosts import simulate_devices
+from dsjax.parallel.agreement import on_first
+from dsjax.parallel.hosts import is_first_process, processes
 from dsjax.serving.app import make_app
 from dsjax.serving.chat import ChatTemplate
 from dsjax.serving.service import Service
@@ -47,18 +51,25 @@ def serve(
         ValueError: a model or settings that cannot be used.
         OSError: an address at which it cannot listen.
     """
-    with listening(settings.host, settings.port) as sock:
+    with ExitStack() as held:
+        held.enter_context(warnings_said("uvicorn"))
+        sockets: list[socket.socket] = []
+        on_first(lambda: sockets.append(held.enter_context(listening(settings.host, settings.port))))
         key = settings.api_key or os.environ.get("DSJAX_API_KEY", "")
         if not key and settings.host not in ("127.0.0.1", "::1", "localhost"):
             _say(f"warning: everybody who reaches {settings.host} may use this server; give it an --api-key")
         layout, engine_settings, precision = chosen(deployment, engine_settings, precision)
-        simulate_devices(layout.devices)
+        settings.most_choices(engine_settings.slots)  # refused before a model is loaded for it
+        take_devices(layout)
         how = {"layout": layout, "precision": precision}
         model = load_model(path, ema=ema, mtp=engine_settings.speculate > 0, **how)
         template = ChatTemplate.load(Path(path), model.tokenizer, model.opening)
         _say(f"{model.origin}; chat template: {template.origin}")
         engine = Engine(model, engine_settings)
-        name = settings.name or Path(path).resolve().name
+        if not engine.leads:
+            follow(engine)
+            return 0
+        (sock,), name = sockets, settings.name or Path(path).resolve().name
         host, port = sock.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -74,7 +85,8 @@ def listening(host: str, port: int) -> socket.socket:
     Raises:
         OSError: it cannot be had.
     """
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # asyncio lets answers go at once (TCP_NODELAY) only where a socket says that it is of TCP.
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
@@ -119,7 +131,11 @@ class HttpServer:
             self._loop.call_soon_threadsafe(self._end.set)
 
     async def run(self, sock: socket.socket) -> int:
-        """Serve until asked to end, or until the engine fails; return an exit status."""
+        """Serve until asked to end, or until the engine fails; return an exit status.
+
+        Raises:
+            Exception: what the engine of several processes has failed of, as when one of them is lost.
+        """
         self._loop = asyncio.get_running_loop()
         service = Service(
             self._engine, self._template, self._settings, self._name, on_ready=self._on_ready, on_failure=self._end.set
@@ -127,6 +143,7 @@ class HttpServer:
         config = uvicorn.Config(
             make_app(service, self._key),
             lifespan="off",
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -136,22 +153,39 @@ class HttpServer:
         service.thread.start()
         serving, end = asyncio.create_task(server.serve([sock])), asyncio.create_task(self._end.wait())
         await asyncio.wait((serving, end), return_when=asyncio.FIRST_COMPLETED)
-        await self._drain(service)
+        service.refuse()
+        patience = self._loop.time() + self._settings.grace
+        await self._drain(service, patience)
+        await self._close(service, patience)
         server.should_exit = True
         await serving
-        await asyncio.to_thread(service.close)
         if service.thread.failure:
+            if processes() > 1:
+                raise service.thread.failure
             _say(service.unready)
         return 1 if service.thread.failure else 0
 
-    async def _drain(self, service: Service) -> None:
+    async def _drain(self, service: Service, patience: float) -> None:
         """Wait for the answers that are under way, and end them when it takes too long."""
-        service.refuse()
-        patience = self._loop.time() + self._settings.grace
         while service.open and not service.thread.failure:
-            if self._asked > 1 or self._loop.time() >= patience:
+            if self._is_impatient(patience):
                 service.thread.cancel_all()
             await asyncio.sleep(0.02)
+
+    async def _close(self, service: Service, patience: float) -> None:
+        """Wait for the engine's thread. A program that is being compiled cannot be interrupted: when it takes too
+        long, the process ends with it. Of several processes, all wait for it, as the others could not tell such an end
+        from a loss."""
+        closing = asyncio.create_task(asyncio.to_thread(service.close))
+        while not closing.done():
+            if service.thread.is_starting and processes() == 1 and self._is_impatient(patience):
+                _say("ended in the middle of a compilation")
+                os._exit(0)
+            await asyncio.sleep(0.02)
+        await closing
+
+    def _is_impatient(self, patience: float) -> bool:
+        return self._asked > 1 or self._loop.time() >= patience
 
     def _on_signal(self) -> None:
         self.stop()
@@ -171,4 +205,5 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _say(text: str) -> None:
-    print(f"dsjax: {text}", file=sys.stderr, flush=True)
+    if is_first_process():
+        print(f"dsjax: {text}", file=sys.stderr, flush=True)

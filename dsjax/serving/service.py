@@ -19,6 +19,8 @@ from dsjax.serving.replies import ChatChoice, Choice, Reply, Spelling, TextChoic
 from dsjax.serving.requests import ChatOrder, CompletionOrder, Order
 from dsjax.serving.settings import ServerSettings
 
+PREPARED_AT_ONCE = 4
+"""Orders whose prompts are encoded at the same time."""
 RETRY_AFTER = 1
 """Seconds after which a client that was refused may try again."""
 
@@ -66,12 +68,12 @@ class Service:
         """
         self.settings, self.name, self.metrics = settings, name, Metrics(engine)
         self._template, self._draining, self._open, self._created = template, False, 0, int(time.time())
-        self._room = engine.slots + settings.queue
+        self._room, self._most_choices = engine.slots + settings.queue, settings.most_choices(engine.slots)
         self.thread = EngineThread(
             engine, asyncio.get_running_loop(), on_ready=on_ready, on_end=self._ended, on_failure=on_failure
         )
-        # Encoding a long prompt takes a while. One thread, as a tokenizer has one state.
-        self._preparing = ThreadPoolExecutor(1, "prepare")
+        # Encoding a long prompt takes a while, and is to hold up neither the loop nor shorter ones.
+        self._preparing = ThreadPoolExecutor(PREPARED_AT_ONCE, "prepare")
 
     @property
     def unready(self) -> str:
@@ -112,7 +114,7 @@ class Service:
         """Refuse what is asked for in vain, before any work.
 
         Raises:
-            ApiError: no such model, too many tokens, or too many choices.
+            ApiError: no such model, too many tokens or choices, or variables that the chat template does not have.
         """
         if order.model not in (None, self.name):
             message = f"model = {order.model!r}: there is only {self.name!r}"
@@ -121,8 +123,12 @@ class Service:
         if most and order.max_tokens and order.max_tokens > most:
             raise ApiError(400, f"max_tokens = {order.max_tokens}: must be at most {most}", param="max_tokens")
         choices = len(order.prompts) * order.n
-        if choices > self.settings.max_choices:
-            raise ApiError(400, f"{choices} choices: must be at most {self.settings.max_choices}", param="n")
+        if choices > self._most_choices:
+            raise ApiError(400, f"{choices} choices: must be at most {self._most_choices}", param="n")
+        if isinstance(order, ChatOrder) and (unknown := order.variables.keys() - self._template.variables):
+            known = ", ".join(sorted(self._template.variables)) or "none"
+            message = f"chat_template_kwargs: the model's chat template does not read {min(unknown)}; it reads {known}"
+            raise ApiError(400, message, param="chat_template_kwargs")
 
     async def submit(self, order: Order) -> Delivery:
         """Let the engine answer an order.

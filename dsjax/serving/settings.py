@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+DEFAULT_CHOICES = 16
+"""Most answers to one request, where there is room for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -19,8 +22,8 @@ class ServerSettings:
     """Most bytes of a request."""
     max_tokens: int = 0
     """Most tokens that an answer may be asked to have; 0 for no limit but the context."""
-    max_choices: int = 16
-    """Most answers to one request: its prompts times n."""
+    max_choices: int = 0
+    """Most answers to one request: its prompts times n; 0 for 16, or as many as slots and queue have room for."""
     queue: int = 128
     """Most answers that wait for a slot of the engine; requests for more are refused with status 429."""
     timeout: float = 600.0
@@ -30,7 +33,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot work."""
-        for name, low in (("max_body", 1), ("max_tokens", 0), ("max_choices", 1), ("queue", 0), ("grace", 0)):
+        for name, low in (("max_body", 1), ("max_tokens", 0), ("max_choices", 0), ("queue", 0), ("grace", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {low}")
         if not self.timeout > 0:
@@ -39,3 +42,20 @@ class ServerSettings:
             raise ValueError(f"port = {self.port}: must be at least 0 and below {2**16}")
         if not self.api_key.isascii() or any(character.isspace() for character in self.api_key):
             raise ValueError("api_key: must be ASCII characters without spaces")
+
+    def most_choices(self, slots: int) -> int:
+        """Return the most answers to one request.
+
+        Args:
+            slots: of the engine.
+
+        Raises:
+            ValueError: there would never be room for so many.
+        """
+        room = slots + self.queue
+        if self.max_choices > room:
+            raise ValueError(
+                f"max_choices = {self.max_choices}: must be at most slots + queue = {room}, or there would never be "
+                "room for so many"
+            )
+        return self.max_choices or min(DEFAULT_CHOICES, room)

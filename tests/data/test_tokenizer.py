@@ -3,6 +3,7 @@
 import gzip
 import json
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_document_that_spells_a_special_token_does_not_get_its_id(deepseek, tr
         ids = {tokenizer.bos, tokenizer.eos, *tokenizer.fim}
         assert not ids & set(plain) and ids & set(special) == {tokenizer.bos, tokenizer.eos, tokenizer.fim[0]}
         assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+
+
+def test_documents_and_prompts_are_encoded_by_several_threads_at_once(trained):
+    text = f"def a{BEGIN}b{END}c(d):\n" * 300
+    expected = {special: trained.encode([text], special=special)[0] for special in (False, True)}
+    with ThreadPoolExecutor(4) as threads:
+        asked = [bool(i % 2) for i in range(200)]
+        found = list(threads.map(lambda special: trained.encode([text], special=special)[0], asked))
+    assert expected[False] != expected[True]
+    assert all(ids == expected[special] for ids, special in zip(found, asked, strict=True))
 
 
 def test_training_is_deterministic_and_splits_as_deepseek(trained, tmp_path):

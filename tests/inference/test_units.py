@@ -9,6 +9,7 @@ from engines import MIX, SETTINGS, answered, compilations, ids_of, prompt
 
 from dsjax.inference import passes
 from dsjax.inference.engine import Engine
+from dsjax.inference.fingerprint import fingerprint
 from dsjax.inference.layout import Layout
 from dsjax.inference.load import Model
 from dsjax.inference.sampling import Sampling
@@ -117,6 +118,40 @@ def test_groups_have_prefixes_of_their_own_and_share_those_on_disk(model, tmp_pa
     assert [request.cached_tokens for request in answer(3, 3)] == [32, 32]
     assert ids_of(again) == ids_of(answer(3)[0])
     assert engine.prefix.found_in_tier >= 64
+
+
+def test_units_of_one_model_know_each_other(model):
+    """However they divide it; and one expert of another model is enough for another name."""
+    experts = model.params["moe"]["moe"]["experts"]
+    changed = experts | {"down": experts["down"].at[1, 5, 0, 0].add(1)}
+    params = model.params | {"moe": model.params["moe"] | {"moe": model.params["moe"]["moe"] | {"experts": changed}}}
+    names = [
+        [fingerprint(unit, 4, "compute") for unit in (each, *(each.on_unit(layout) for layout in (PREFILL, DECODE)))]
+        for each in (model, replace(model, params=params))
+    ]
+    assert [len(set(found)) for found in names] == [1, 1]
+    assert names[0] != names[1]
+
+
+@pytest.mark.slow
+def test_pages_pass_from_a_unit_that_reads_to_one_that_writes_and_back(model, tmp_path):
+    settings, how = replace(UNIT, disk=str(tmp_path)), Sampling(temperature=0.0)
+    reader, writer = (Engine(model.on_unit(layout), settings) for layout in (PREFILL, DECODE))
+    whole = Engine(model, UNIT)
+    request = whole.submit(prompt(40), how, max_tokens=20, stop_ids=[])
+    whole.run()
+    ids, answer = request.prompt, ids_of(request)
+
+    def found(unit, ids, count):
+        request = unit.submit(ids, how, max_tokens=count, stop_ids=[])
+        unit.run()
+        for pool in unit._pools:
+            pool._tier.flush()
+        return request.cached_tokens, ids_of(request)
+
+    assert found(reader, ids, 1) == (0, answer[:1])
+    assert found(writer, ids, 20) == (36, answer)
+    assert found(reader, [*ids, *answer[:18]], 2) == (56, answer[18:])
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def test_bytes_of_the_released_model():
         found["kept"] = split.residual_avals
         found["sent"] = arrays_sent(split.fwd, arguments)
         masters, x, ctx = arguments
-        found["sent back"] = arrays_sent(split.bwd, (masters, split.residual_avals, ctx, x))
+        found["sent back"] = arrays_sent(split.bwd, (masters, split.residual_avals, ctx, x, masters))
         return split.fwd(*arguments)[0]
 
     mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.extend.core as jex
@@ -38,21 +39,28 @@ def jitted(function):
 def by_pieces(split, params, x, ctx, dy):
     """All results of the pieces: y, aux, then dx and dparams of the backward pass, whole and in two."""
     y, aux, residuals = split.fwd(params, x, ctx)
-    whole = split.bwd(params, residuals, ctx, dy)
+    nothing = in_float32(jax.tree.map(jnp.zeros_like, params))
+    whole = split.bwd(params, residuals, ctx, dy, nothing)
     dx, tape = split.bwd_input(params, residuals, ctx, dy)
-    return y, aux, whole, (dx, split.bwd_weight(params, tape, ctx))
+    return y, aux, whole, (dx, split.bwd_weight(params, tape, ctx, nothing))
+
+
+def in_float32(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def by_jax(chunk, params, x, ctx, dy):
     y, vjp, aux = jax.vjp(lambda params, x: chunk(params, x, ctx), params, x, has_aux=True)
     dparams, dx = vjp(dy)
+    dparams = in_float32(dparams)
     return y, aux, (dx, dparams), (dx, dparams)
 
 
 def work(split, params, x, ctx, dy):
     """How often each primitive occurs in each piece; inside of `cond`, under "overflow:" and its name."""
-    backward = (params, split.residual_avals, ctx, dy)
-    arguments = dict(zip(PIECES, ((params, x, ctx), backward, backward, (params, split.tape_avals, ctx)), strict=True))
+    backward, totals = (params, split.residual_avals, ctx, dy), in_float32(params)
+    of_pieces = (params, x, ctx), (*backward, totals), backward, (params, split.tape_avals, ctx, totals)
+    arguments = dict(zip(PIECES, of_pieces, strict=True))
 
     def count(jaxpr, prefix, counts):
         for eqn in jaxpr.eqns:
@@ -188,6 +196,35 @@ def test_a_toy_with_every_feature(dtype):
     assert nbytes(split.tape_avals) == 2 * (T * ((D + F + F + D + D + D + D + D) * width + 2 * 4) + 1 + 4 * D)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rare", [False, True])
+def test_gradients_are_added_to_totals(rare, dtype):
+    """What is zero but in rare cases too, and then without zeros as large as the parameters."""
+
+    def chunk(params, x, ctx):
+        y = jnp.tanh(x @ params["w"] + params["b"])
+        return lax.cond(ctx, lambda y: y + jnp.sin(y @ params["w"]), lambda y: y, y), None
+
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    params = {"w": jax.random.normal(next(keys), (3, 3), dtype) / 3, "b": jnp.ones(3, dtype)}
+    x, dy = (jax.random.normal(next(keys), (2, 3), dtype) for _ in "xy")
+    totals = {"w": jax.random.normal(next(keys), (3, 3)), "b": jnp.arange(3.0)}
+    split = split_vjp(chunk, params, x, rare)
+    *_, (_, dparams), _ = by_jax(chunk, params, x, rare, dy)
+    expected = jax.tree.map(jnp.add, totals, dparams)
+    _, _, residuals = split.fwd(params, x, rare)
+    _, tape = split.bwd_input(params, residuals, rare, dy)
+    found = split.bwd(params, residuals, rare, dy, totals)[1], split.bwd_weight(params, tape, rare, totals)
+    for sums in found:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6 if dtype == jnp.float32 else 0.02), sums, expected)
+
+    for piece, arguments in ((split.bwd, (residuals, rare, dy)), (split.bwd_weight, (tape, rare))):
+        (eqn,) = [e for e in jax.make_jaxpr(piece)(params, *arguments, totals).eqns if e.primitive.name == "cond"]
+        usual = eqn.params["branches"][0].jaxpr
+        given = {var for var in usual.outvars if var.aval.shape == (3, 3)}
+        assert given and given <= set(usual.invars)
+
+
 def test_pieces_run_in_branches_of_a_loop():
     """As a schedule runs them: memory of residuals and tapes is a loop's state."""
 
@@ -204,7 +241,7 @@ def test_pieces_run_in_branches_of_a_loop():
         branches = [
             lambda: (split.fwd(params, xs[i], 2.0)[2], tape, dparams),
             lambda: (residuals, split.bwd_input(params, residuals, 2.0, xs[i])[1], dparams),
-            lambda: (residuals, tape, dparams + split.bwd_weight(params, tape, 2.0)),
+            lambda: (residuals, tape, split.bwd_weight(params, tape, 2.0, dparams)),
         ]
         return lax.switch(op, branches), None
 
@@ -460,9 +497,9 @@ def test_chunks_that_cannot_be_split(chunk, arguments, message):
         ("fwd", (GOOD[0], jnp.ones((4, 3)), GOOD[2]), r"x should be float32\[2, 3\], not float32\[4, 3\]"),
         ("fwd", (*GOOD[:2], {"position": 1.0}), r"ctx\['position'\] should be int32\[2\], not float32\[\]"),
         ("fwd", GOOD[:2], "fwd takes params, x, ctx, not 2 arguments"),
-        ("bwd", (GOOD[0], (), GOOD[2], GOOD[1]), "residuals should be PyTreeDef"),
+        ("bwd", (GOOD[0], (), GOOD[2], GOOD[1], GOOD[0]), "residuals should be PyTreeDef"),
         ("bwd_input", (GOOD[0], (GOOD[1],), GOOD[2], (GOOD[1],)), "dy should be PyTreeDef"),
-        ("bwd_weight", (GOOD[0], (GOOD[1],), GOOD[2]), "tape should be PyTreeDef"),
+        ("bwd_weight", (GOOD[0], (GOOD[1],), GOOD[2], GOOD[0]), "tape should be PyTreeDef"),
     ],
 )
 def test_arguments_that_do_not_fit(piece, arguments, message):

@@ -79,6 +79,15 @@ def test_an_update_is_in_place(x):
     assert peak_of(update, x).nbytes == 2 * SQUARE
 
 
+def test_what_a_conditional_gives_back_is_in_place(x):
+    def totals(x, total):
+        total = jax.lax.cond(x[0, 0] > 0, lambda: total + x @ x, lambda: total)
+        return total + x @ (x @ x)
+
+    # Two products; the total is in the memory of an argument, and the result too.
+    assert peak_of(totals, x, x).nbytes == 2 * SQUARE
+
+
 def test_scopes_divide_the_peak(x):
     def scoped(x):
         with jax.named_scope("dispatch"):

@@ -99,6 +99,7 @@ class Served:
     server: HttpServer
     thread: threading.Thread
     status: list[int]
+    announced: threading.Event
 
     @property
     def openai(self) -> OpenAI:
@@ -152,7 +153,7 @@ def serving(model) -> Callable:
         step, own_warm_up = engine.step, engine.warm_up
         engine.step = lambda: (time.sleep(delay), step())
         if warm_up:
-            engine.warm_up = lambda: (warm_up(), own_warm_up())
+            engine.warm_up = lambda stopped: (warm_up(), own_warm_up(stopped))
         chat = ChatTemplate.load(Path("/nonexistent"), model.tokenizer, model.opening)
         if template:
             chat = ChatTemplate(template, "test", model.tokenizer, bos="", eos="<｜end▁of▁sentence｜>")
@@ -164,7 +165,7 @@ def serving(model) -> Callable:
         thread.start()
         try:
             host, port = sock.getsockname()
-            found = Served(f"http://{host}:{port}", key or "none", engine, chat, server, thread, status)
+            found = Served(f"http://{host}:{port}", key or "none", engine, chat, server, thread, status, ready)
             if warm_up:
                 eventually(lambda: found.is_there)
             else:

@@ -1,5 +1,6 @@
 """`python -m dsjax.serve` as a process: what it says, the key, signals, and what cannot work."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import httpx
 import jax
 import openai
 import pytest
+from processes import started
 
 from dsjax.serve import main
 
@@ -72,6 +75,30 @@ def test_a_life(run, tmp_path, number):
     assert list(tmp_path.rglob("*.npz"))
 
 
+@pytest.mark.parametrize(("signals", "grace"), [(1, "0.5"), (2, "600")])
+def test_an_end_in_the_middle_of_a_compilation(run, signals, grace):
+    """What is compiled cannot be interrupted: the process ends with it, at once if it is asked twice."""
+    code = (
+        "import sys, time; from dsjax.inference.passes import Passes; from dsjax.serve import main;"
+        "Passes.warming = lambda self: [lambda: time.sleep(600)]; sys.exit(main(sys.argv[1:]))"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [str(run), *OPTIONS, f"--port={port}", f"--grace={grace}"]
+    with started(HOME, "-c", code, *words) as process:
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/ready").text == "the server is starting\n":
+                    break
+            time.sleep(0.1)
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)  # two at once are one
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.splitlines()[1:] == ["dsjax: ended in the middle of a compilation"]
+
+
 def failure(capsys, *words):
     with pytest.raises(SystemExit) as exit:
         main(words)
@@ -107,7 +134,8 @@ def test_a_warning(capsys, monkeypatch):
         (["x", "--max-body=0"], "max_body = 0: must be at least 1"),
         (["x", "--api-key=a b"], "api_key: must be ASCII characters without spaces"),
         (["x", "--slots=0"], "slots = 0: must be at least 1"),
-        (["x", "--slots=2", "--queue=2"], "max_choices = 16: must be at most slots + queue = 4"),
+        (["x", "--port=0", "--slots=2", "--queue=2", "--max-choices=16"], "must be at most slots + queue = 4"),
+        (["x", "--port=0", "--slots=2", "--queue=2"], "x: no such folder"),
         (["x", "--hots=2"], "unknown option --hots; did you mean --host?"),
     ],
 )

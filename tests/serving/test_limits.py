@@ -125,6 +125,23 @@ def test_before_it_is_ready(serving, eventually):
         assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
+def test_the_end_comes_before_it_is_ready(serving, eventually, monkeypatch):
+    """The program that is being compiled is the last, and nobody is told that there is a server."""
+    began, compiled, later = threading.Event(), threading.Event(), []
+    programs = [lambda: (began.set(), compiled.wait()), lambda: later.append(1)]
+    with serving(warm_up=began.wait, engine_settings={"slots": 1}, grace=100) as server:
+        # The engine has no program yet: the thread that compiles waits above.
+        monkeypatch.setattr(server.engine._passes, "warming", lambda: iter(programs))
+        began.set()
+        server.server.stop()
+        eventually(lambda: httpx.get(f"{server.url}/ready").text == "the server is shutting down\n")
+        compiled.set()
+        server.thread.join(60)
+        assert server.status == [0]
+        assert not later
+        assert not server.announced.is_set()
+
+
 def test_a_step_that_does_not_come_back(serving, eventually, monkeypatch):
     monkeypatch.setattr(engine_thread, "STALL", 0.05)
     with serving() as server, server.http as http:
