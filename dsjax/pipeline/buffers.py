@@ -1,9 +1,48 @@
-"""The buffers of a pipeline: values of several micro-batches, one behind the other along a first axis."""
+"""What waits between the ticks of a pipeline: values of several micro-batches, one behind the other along a first axis.
+
+XLA writes a buffer in place if nothing reads any more what it held before, and copies it if it cannot tell. So the
+order of reads and writes is part of the program, told by optimization barriers.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
+
+from dsjax.pipeline.schedule import Kind
+
+
+class Results(NamedTuple):
+    """What one device has of a step."""
+
+    grads: tuple[tuple[PyTree, ...], ...]
+    """Of the weights of each slot and place, float32, summed over micro-batches; zero in places that are empty."""
+    edge_grads: PyTree
+    """Of the edges as they are held, float32; zero but on ranks that have the first or the last stage."""
+    aux: tuple[tuple[PyTree, ...], ...]
+    """What the chunks of each slot and place reported, summed over micro-batches."""
+    report: PyTree
+    """What `finish` reported, summed over micro-batches."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What a device holds between ticks."""
+
+    activations: PyTree
+    """Inputs of stages."""
+    gradients: PyTree
+    """Of their outputs."""
+    residuals: tuple[tuple[Array, ...], ...]
+    """Of every place, see `chunk`."""
+    tapes: tuple[Array, ...]
+    """Of all places, place by place. So writing one is an update of a part even where each has room for one: what is
+    replaced as a whole, XLA copies in every branch that leaves it alone."""
+    results: Results
 
 
 def empty(depth: int, like: PyTree) -> PyTree:
@@ -29,14 +68,70 @@ def write(buffer: PyTree, value: PyTree, slot: Int[Array, ""]) -> PyTree:
     return jax.tree.map(put, buffer, value)
 
 
-def write_in_branch(buffer: PyTree, value: PyTree, slot: Int[Array, ""]) -> PyTree:
-    """Like `write`, in a branch, where others leave the buffer alone.
+def with_grads(state: State, slot: int, place: int, grads: PyTree) -> State:
+    """Return the state with other gradients of a place."""
+    results = state.results
+    all_grads = with_item(results.grads, slot, with_item(results.grads[slot], place, grads))
+    return replace(state, results=results._replace(grads=all_grads))
 
-    One that a branch gives back unseen, XLA makes elsewhere, and then copies in all the others; so this one is looked
-    at, by a condition that always holds: slots count from 0.
+
+def with_item[T](values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
+    """Return a tuple with another item in a place."""
+    return (*values[:at], value, *values[at + 1 :])
+
+
+class Read(NamedTuple):
+    """What the ops of a tick take from the buffers."""
+
+    x: PyTree = None
+    """Of F."""
+    dy: PyTree = None
+    """Of B or I."""
+    residuals: tuple[tuple[Array, ...], ...] = ()
+    """Of B's or I's layers."""
+    tapes: tuple[tuple[Array, ...], ...] = ()
+    """Of W's layers."""
+
+
+def before_writes(
+    read: Read, state: State, opcode: tuple[tuple[Kind, int], ...], *, after_grads: bool
+) -> tuple[Read, State]:
+    """Keep reads before writes: otherwise XLA copies whole buffers to have both.
+
+    Residuals are read layer by layer, when they are used, or are written over in this tick. A buffer that nothing
+    writes is left out: behind the barrier XLA would copy it.
+
+    Args:
+        after_grads: whether to wait for the gradients of ticks before. They then fill the time of the transfers
+            between, which is all that there is for it; free to, they would fill some in a pair, where other work does.
     """
+    kinds = {kind for kind, _ in opcode}
+    # Transfers write both at the end of a tick.
+    arriving = state.activations, state.gradients
+    waited_for = state.results.grads if after_grads else None
+    (x, dy), arriving, grads = lax.optimization_barrier(((read.x, read.dy), arriving, waited_for))
+    state = replace(state, activations=arriving[0], gradients=arriving[1])
+    read = read._replace(x=x, dy=dy)
+    if after_grads:
+        state = replace(state, results=state.results._replace(grads=grads))
+    if Kind.F in kinds and read.residuals:
+        written = state.residuals[: len(read.residuals)]
+        residuals, written = zip(*map(lax.optimization_barrier, zip(read.residuals, written, strict=True)), strict=True)
+        state = replace(state, residuals=(*written, *state.residuals[len(written) :]))
+        read = read._replace(residuals=residuals)
+    if kinds >= {Kind.I, Kind.W}:
+        tapes, written = lax.optimization_barrier((read.tapes, state.tapes))
+        state, read = replace(state, tapes=written), read._replace(tapes=tapes)
+    return read, state
 
-    def put(leaf: Array, new: Array) -> Array:
-        return jnp.where(slot < 0, leaf, new[None]) if len(leaf) == 1 else write(leaf, new, slot)
 
-    return jax.tree.map(put, buffer, value)
+def after_residuals(state: State, place: int, value: PyTree) -> tuple[State, PyTree]:
+    """Make what reads `value` wait until the residuals of a place are written."""
+    written, value = lax.optimization_barrier((state.residuals[place], value))
+    return replace(state, residuals=with_item(state.residuals, place, written)), value
+
+
+def after_grads(state: State, slot: int, place: int, value: PyTree) -> tuple[State, PyTree]:
+    """Make what reads `value` wait until the gradients of a place are added up."""
+    added, value = lax.optimization_barrier((state.results.grads[slot][place], value))
+    return with_grads(state, slot, place, added), value

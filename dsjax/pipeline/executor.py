@@ -1,17 +1,16 @@
 """Runs a pipeline program on the devices of a mesh, inside `shard_map`: the same code on every rank, told by a table.
 
-Per tick each rank reads its row of the table and branches on its opcode, and on how many layers its stages have; all
-reads of buffers come first, then the ops, then all writes; last, what leaves for a neighbour is sent, and stored where
-the receiver's row says. In steady state all ranks have the same opcode: a branch is left only where stages differ in
+Per tick each rank reads its row of the table and branches on its opcode, and on how many layers its stages have. What
+ops read is what buffers held before the tick; last, what leaves for a neighbour is sent, and stored where the
+receiver's row says. In steady state all ranks have the same opcode: a branch is left only where stages differ in
 layers. XLA runs one op's all-to-alls under the other's products, inside of a branch too.
 
-A stage is run layer by layer, and so is its backward pass: each layer is a chunk of its own. Buffers hold activations
-(inputs of stages), gradients (of their outputs), residuals and tapes (see `pipeline.chunk`); their depths and who lies
-where are the program's (see `pipeline.program`), and do not grow with micro-batches.
+A stage is run layer by layer, and so is its backward pass: each layer is a chunk of its own. How deep the buffers are,
+and who lies where, are the program's (see `pipeline.program`), and do not grow with micro-batches.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,16 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from dsjax.pipeline import buffers
+from dsjax.pipeline.buffers import (
+    Read,
+    Results,
+    State,
+    after_grads,
+    after_residuals,
+    before_writes,
+    with_grads,
+    with_item,
+)
 from dsjax.pipeline.chunk import SplitVJP, split_vjp
 from dsjax.pipeline.overlap import interleaved
 from dsjax.pipeline.program import Field, Program, Segment
@@ -44,31 +53,6 @@ class Model(NamedTuple):
     """Names of the edges that `embed` uses."""
     last: tuple[str, ...]
     """Names of the edges that `finish` uses."""
-
-
-class Results(NamedTuple):
-    """What one device has of a step."""
-
-    grads: tuple[tuple[PyTree, ...], ...]
-    """Of the weights of each slot and place, float32, summed over micro-batches; zero in places that are empty."""
-    edge_grads: PyTree
-    """Of the edges as they are held, float32; zero but on ranks that have the first or the last stage."""
-    aux: tuple[tuple[PyTree, ...], ...]
-    """What the chunks of each slot and place reported, summed over micro-batches."""
-    report: PyTree
-    """What `finish` reported, summed over micro-batches."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _State:
-    activations: PyTree
-    gradients: PyTree
-    residuals: tuple[tuple[Array, ...], ...]
-    """Of every place."""
-    tapes: tuple[tuple[Array, ...], ...]
-    """Of every place."""
-    results: Results
 
 
 Branch = tuple[tuple[tuple[Kind, int], ...], tuple[int, ...]]
@@ -128,24 +112,23 @@ class Executor:
             report=zeros(self.report),
         )
 
-    def empty(self, results: Results | None = None) -> _State:
+    def empty(self, results: Results | None = None) -> State:
         """Return a state whose buffers hold nothing."""
         results = results or self._no_results()
-        pools, pieces = self.program.pools, self.pieces
-
-        return _State(
+        pools, pieces, places = self.program.pools, self.pieces, len(self.weights[0])
+        return State(
             activations=buffers.empty(pools.activations + 1, self.x),
             gradients=buffers.empty(pools.gradients + 1, self.x),
-            residuals=tuple(buffers.empty(pools.residuals, pieces.residual_avals) for _ in self.weights[0]),
-            tapes=tuple(buffers.empty(pools.tapes, pieces.tape_avals) for _ in self.weights[0]) if pools.tapes else (),
+            residuals=tuple(buffers.empty(pools.residuals, pieces.residual_avals) for _ in range(places)),
+            tapes=buffers.empty(places * pools.tapes, pieces.tape_avals) if pools.tapes else (),
             results=results,
         )
 
-    def _segment(self, state: _State, segment: Segment, table: Int[Array, "ticks ranks fields"]) -> _State:
+    def _segment(self, state: State, segment: Segment, table: Int[Array, "ticks ranks fields"]) -> State:
         period = len(segment.phases)
         phases = [(phase, *self.branches(segment, number)) for number, phase in enumerate(segment.phases)]
 
-        def body(state: _State, rows: Int[Array, "period ranks fields"]) -> tuple[_State, None]:
+        def body(state: State, rows: Int[Array, "period ranks fields"]) -> tuple[State, None]:
             for (phase, branches, number_of), row in zip(phases, rows, strict=True):
                 row = row[self.row_of_rank]
                 functions = [self.branch(*branch, alone=len(branches) == 1) for branch in branches]
@@ -202,41 +185,46 @@ class Executor:
         runs = self.in_pairs if is_pair else self
         pieces = runs.pieces if is_pair else runs.alone
 
-        def branch(state: _State, row: Int[Array, " fields"]) -> tuple[_State, dict[str, PyTree]]:
-            read: dict[Kind, Any] = {}
-            for kind, slot in opcode:
-                match kind:
-                    case Kind.F:
-                        read[kind] = buffers.read(state.activations, row[Field.F_INPUT])
-                    case Kind.B | Kind.I:
-                        read[kind] = (
-                            buffers.read(state.residuals[: counts[slot]], row[Field.B_RESIDUAL]),
-                            buffers.read(state.gradients, row[Field.B_INPUT]),
-                        )
-                    case Kind.W:
-                        read[kind] = buffers.read(state.tapes[: counts[slot]], row[Field.W_TAPE])
+        def branch(state: State, row: Int[Array, " fields"]) -> tuple[State, dict[str, PyTree]]:
+            read = self._read(state, row, opcode, counts)
             if self.program.schedule.ranks > 1:
-                if is_pair and alone:
-                    read, state = _after_grads(read, state)
-                read, state = _before_writes(read, state)
+                read, state = before_writes(read, state, opcode, after_grads=is_pair and alone)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
             sent = {"activation": zeros, "gradient": zeros}
             for kind, slot in opcode:
                 match kind:
                     case Kind.F:
                         with jax.named_scope("F"):
-                            state, sent["activation"] = runs._forward(
-                                state, row, slot, counts[slot], pieces, read[kind]
-                            )
+                            state, sent["activation"] = runs._forward(state, row, slot, counts[slot], pieces, read.x)
                     case Kind.B | Kind.I:
                         with jax.named_scope(str(kind)):
-                            state, sent["gradient"] = runs._backward(state, row, slot, kind, pieces, *read[kind])
+                            state, sent["gradient"] = runs._backward(
+                                state, row, slot, kind, pieces, read.residuals, read.dy
+                            )
                     case Kind.W:
                         with jax.named_scope("W"):
-                            state = runs._weights(state, row, slot, pieces, read[kind])
+                            state = runs._weights(state, row, slot, pieces, read.tapes)
             return state, sent
 
         return interleaved(jax.named_call(branch, name="pair")) if is_pair else branch
+
+    def _read(
+        self, state: State, row: Int[Array, " fields"], opcode: tuple[tuple[Kind, int], ...], counts: tuple[int, ...]
+    ) -> Read:
+        read = Read()
+        for kind, slot in opcode:
+            match kind:
+                case Kind.F:
+                    read = read._replace(x=buffers.read(state.activations, row[Field.F_INPUT]))
+                case Kind.B | Kind.I:
+                    layers = state.residuals[: counts[slot]]
+                    residuals = tuple(buffers.read(layer, row[Field.B_RESIDUAL]) for layer in layers)
+                    dy = buffers.read(state.gradients, row[Field.B_INPUT])
+                    read = read._replace(residuals=residuals, dy=dy)
+                case Kind.W:
+                    at = (self._slot_of_tape(place, row[Field.W_TAPE]) for place in range(counts[slot]))
+                    read = read._replace(tapes=tuple(buffers.read(state.tapes, slot) for slot in at))
+        return read
 
     def _has(self, stage: int, slot: int) -> bool:
         """Return whether any rank has a stage in a slot."""
@@ -247,8 +235,8 @@ class Executor:
         return max(map(max, self.program.stages))
 
     def _forward(
-        self, state: _State, row: Int[Array, " fields"], slot: int, count: int, pieces: SplitVJP, x: PyTree
-    ) -> tuple[_State, PyTree]:
+        self, state: State, row: Int[Array, " fields"], slot: int, count: int, pieces: SplitVJP, x: PyTree
+    ) -> tuple[State, PyTree]:
         model, micro_batch = self.model, row[Field.F_MICRO_BATCH]
         if self._has(0, slot):
 
@@ -258,16 +246,19 @@ class Executor:
             x = self._only_if(row[Field.F_FIRST], embed, lambda: x)
         y = x
         for place in range(count):
+            if place and self.program.schedule.ranks > 1:
+                # Left alone, XLA writes the residuals of all layers when all have been run.
+                state, y = after_residuals(state, place - 1, y)
             ctx = model.context(slot, place, micro_batch)
             y, aux, residuals = pieces.fwd(self.weights[slot][place], y, ctx)
             results = state.results
             total = jax.tree.map(jnp.add, results.aux[slot][place], aux)
             state = replace(
                 state,
-                residuals=_with(
+                residuals=with_item(
                     state.residuals, place, buffers.write(state.residuals[place], residuals, row[Field.F_RESIDUAL])
                 ),
-                results=results._replace(aux=_with(results.aux, slot, _with(results.aux[slot], place, total))),
+                results=results._replace(aux=with_item(results.aux, slot, with_item(results.aux[slot], place, total))),
             )
         if self.program.schedule.route.kind == "vee":
             state = replace(state, activations=buffers.write(state.activations, y, row[Field.F_TURN]))
@@ -275,7 +266,7 @@ class Executor:
             state = self._finish(state, row, y)
         return state, y
 
-    def _finish(self, state: _State, row: Int[Array, " fields"], y: PyTree) -> _State:
+    def _finish(self, state: State, row: Int[Array, " fields"], y: PyTree) -> State:
         """Compute the loss and the gradient of the last stage's output at once: logits are never kept."""
         model, micro_batch, results = self.model, row[Field.F_MICRO_BATCH], state.results
 
@@ -295,31 +286,27 @@ class Executor:
 
     def _backward(
         self,
-        state: _State,
+        state: State,
         row: Int[Array, " fields"],
         slot: int,
         kind: Kind,
         pieces: SplitVJP,
         residuals: tuple,
         dy: PyTree,
-    ) -> tuple[_State, PyTree]:
+    ) -> tuple[State, PyTree]:
         model, micro_batch, dx = self.model, row[Field.B_MICRO_BATCH], dy
         for place in reversed(range(len(residuals))):
             if kind is Kind.B and place + 2 < len(residuals):
                 # The gradients of one layer may wait and fill gaps; those of all would need memory for all.
-                state, dx = _after_place(state, slot, place + 2, dx)
+                state, dx = after_grads(state, slot, place + 2, dx)
             arguments = self.weights[slot][place], residuals[place], model.context(slot, place, micro_batch), dx
             if kind is Kind.B:
                 dx, grads = pieces.bwd(*arguments, state.results.grads[slot][place])
-                state = _with_grads(state, slot, place, grads)
+                state = with_grads(state, slot, place, grads)
             else:
                 dx, tape = pieces.bwd_input(*arguments)
-                state = replace(
-                    state,
-                    tapes=_with(
-                        state.tapes, place, buffers.write_in_branch(state.tapes[place], tape, row[Field.B_TAPE])
-                    ),
-                )
+                at = self._slot_of_tape(place, row[Field.B_TAPE])
+                state = replace(state, tapes=buffers.write(state.tapes, tape, at))
         if self._has(0, slot):
             results = state.results
 
@@ -334,14 +321,17 @@ class Executor:
             state = replace(state, gradients=buffers.write(state.gradients, dx, row[Field.B_TURN]))
         return state, dx
 
-    def _weights(self, state: _State, row: Int[Array, " fields"], slot: int, pieces: SplitVJP, tapes: tuple) -> _State:
+    def _weights(self, state: State, row: Int[Array, " fields"], slot: int, pieces: SplitVJP, tapes: tuple) -> State:
         for place, tape in enumerate(tapes):
             if place:  # left alone, XLA makes the gradients of all layers before it adds them up
-                state, tape = _after_place(state, slot, place - 1, tape)
+                state, tape = after_grads(state, slot, place - 1, tape)
             ctx = self.model.context(slot, place, row[Field.W_MICRO_BATCH])
             grads = pieces.bwd_weight(self.weights[slot][place], tape, ctx, state.results.grads[slot][place])
-            state = _with_grads(state, slot, place, grads)
+            state = with_grads(state, slot, place, grads)
         return state
+
+    def _slot_of_tape(self, place: int, slot: Int[Array, ""]) -> Int[Array, ""]:
+        return place * self.program.pools.tapes + slot
 
     def _edges(self, names: tuple[str, ...]) -> PyTree:
         return {name: self.edges[name] for name in names}
@@ -354,40 +344,3 @@ class Executor:
     def _only_if(self, flag: Int[Array, ""], then: Callable[[], PyTree], otherwise: Callable[[], PyTree]) -> PyTree:
         """Branch on a flag of the table; with a single rank, which has all stages, there is nothing to ask."""
         return then() if self.program.schedule.ranks == 1 else lax.cond(flag > 0, then, otherwise)
-
-
-def _with_grads(state: _State, slot: int, place: int, grads: PyTree) -> _State:
-    results = state.results
-    all_grads = _with(results.grads, slot, _with(results.grads[slot], place, grads))
-    return replace(state, results=results._replace(grads=all_grads))
-
-
-def _with[T](values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
-    return (*values[:at], value, *values[at + 1 :])
-
-
-def _before_writes(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
-    """Keep reads before writes: otherwise XLA copies whole buffers to have both.
-
-    A buffer that nothing writes in this tick is left out: behind the barrier XLA would copy it."""
-    written = {"activations": state.activations, "gradients": state.gradients}  # by transfers at the end
-    if Kind.F in read:
-        written["residuals"] = state.residuals
-    if Kind.I in read:
-        written["tapes"] = state.tapes
-    early = {kind: value for kind, value in read.items() if kind is not Kind.W or Kind.I in read}
-    early, written = lax.optimization_barrier((early, written))
-    return read | early, replace(state, **written)
-
-
-def _after_grads(read: dict[Kind, Any], state: _State) -> tuple[dict[Kind, Any], _State]:
-    """Make a pair wait for the gradients of ticks before. They then fill the time of the transfers between, which is
-    all that there is for it; free to, they would fill some in the pair, where there is other work."""
-    read, grads = lax.optimization_barrier((read, state.results.grads))
-    return read, replace(state, results=state.results._replace(grads=grads))
-
-
-def _after_place(state: _State, slot: int, place: int, value: PyTree) -> tuple[_State, PyTree]:
-    """Make what reads `value` wait until the gradients of a place are added up."""
-    added, value = lax.optimization_barrier((state.results.grads[slot][place], value))
-    return _with_grads(state, slot, place, added), value
