@@ -96,9 +96,15 @@ class Executor:
     def run(self) -> Results:
         """Return what the device has of a step."""
         table = jnp.asarray(self.program.table)
-        state = self.empty(self._no_results())
+        state = replace(self.empty(self._no_results()), tapes=())
         for segment in self.program.segments:
-            state = self._segment(state, segment, table)
+            # A loop that just passes tapes on would copy them in each of its branches.
+            defers, tapes = self.program.defers(segment), state.tapes
+            if defers:
+                tapes = tapes or self._empty_tapes()
+            state = self._segment(replace(state, tapes=tapes if defers else ()), segment, table)
+            tapes = state.tapes if defers else tapes
+            state = replace(state, tapes=tapes if self.program.is_waiting(segment.stop) else ())
         return state.results
 
     def _no_results(self) -> Results:
@@ -120,9 +126,13 @@ class Executor:
             activations=buffers.empty(pools.activations + 1, self.x),
             gradients=buffers.empty(pools.gradients + 1, self.x),
             residuals=tuple(buffers.empty(pools.residuals, pieces.residual_avals) for _ in range(places)),
-            tapes=buffers.empty(places * pools.tapes, pieces.tape_avals) if pools.tapes else (),
+            tapes=self._empty_tapes(),
             results=results,
         )
+
+    def _empty_tapes(self) -> tuple[Array, ...]:
+        slots = len(self.weights[0]) * self.program.pools.tapes
+        return buffers.empty(slots, self.pieces.tape_avals) if slots else ()
 
     def _segment(self, state: State, segment: Segment, table: Int[Array, "ticks ranks fields"]) -> State:
         period = len(segment.phases)

@@ -153,6 +153,16 @@ class Program:
     segments: tuple[Segment, ...]
     """Ramp up, steady state, ramp down; one alone if there is no steady state, none of them empty."""
 
+    def defers(self, segment: Segment) -> bool:
+        """Return whether tapes are written or read in a segment."""
+        codes = {code for phase in segment.phases for code in phase.opcodes}
+        return any(kind in (Kind.I, Kind.W) for code in codes for kind, _ in self.opcodes[code])
+
+    def is_waiting(self, tick: int) -> bool:
+        """Return whether a tape waits for its W when a tick begins, on any rank."""
+        waiting = [sum((kind is Kind.I) - (kind is Kind.W) for kind, _ in opcode) for opcode in self.opcodes]
+        return bool(np.asarray(waiting)[self.table[:tick, :, Field.OPCODE]].sum(axis=0).any())
+
     @property
     def trash(self) -> Mapping[Payload, int]:
         """The slot of either receiving buffer that nobody reads."""

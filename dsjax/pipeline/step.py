@@ -166,16 +166,18 @@ def executor_of_device(
                 {name: lambda one=name: in_use({one: edges[one]}, {one: divided[one]})[one] for name in edges}
             )
 
-        def dense_of(edges: PyTree) -> Iterator[PyTree]:
-            layers = functools.partial(layers_of, count=model.first_k_dense_replace)
-            if ranks == 1:
-                return layers(ready(edges).get("dense", {}))
-            at = jax.tree.map(Partition.of_layer, divided.get("dense", {}))
-            return (in_use(layer, at) for layer in layers(edges.get("dense", {})))
-
         def embed(edges: PyTree, micro_batch: Int[Array, ""]) -> Float[Array, "b S D"]:
-            x = embedded(ready(edges)["embed"], micro_batches[micro_batch, :, :-1])
-            return dense_layers(dense_of(edges), x, ctx_of(micro_batch), config=model, runtime=runtime)
+            own, ctx = ready(edges), ctx_of(micro_batch)
+            x = embedded(own["embed"], micro_batches[micro_batch, :, :-1])
+            run = functools.partial(dense_layers, ctx=ctx, config=model, runtime=runtime)
+            if ranks == 1:
+                return run(layers_of(own.get("dense", {}), model.first_k_dense_replace), x)
+            at = jax.tree.map(Partition.of_layer, divided.get("dense", {}))
+            for parts in layers_of(edges.get("dense", {}), model.first_k_dense_replace):
+                # One by one: a layer is gathered when its turn comes, and its gradients are sent before the next.
+                parts, x = lax.optimization_barrier((parts, x))
+                x = run([in_use(parts, at)], x)
+            return x
 
         def finish(edges: PyTree, y: Float[Array, "b S D"], micro_batch: Int[Array, ""]):
             tokens, ctx = micro_batches[micro_batch], ctx_of(micro_batch)

@@ -38,6 +38,29 @@ def test_every_read_finds_its_value(schedule, cost, parity, bundled):
     assert schedule.max_deferred is None or program.pools.tapes <= schedule.max_deferred
 
 
+@given(schedules())
+@settings(max_examples=50)
+def test_where_tapes_wait(schedule):
+    """Between an I and its W, slot by slot, and in no segment that has neither."""
+    program = compile_program(schedule)
+    waiting, by_tick = set(), []
+    for row in program.table:
+        by_tick.append(bool(waiting))
+        for rank, fields in enumerate(row):
+            for kind, _ in program.opcodes[fields[Field.OPCODE]]:
+                if kind is Kind.W:
+                    waiting.remove((rank, fields[Field.W_TAPE]))
+            waiting |= {
+                (rank, fields[Field.B_TAPE]) for kind, _ in program.opcodes[fields[Field.OPCODE]] if kind is Kind.I
+            }
+    assert not waiting
+    assert [program.is_waiting(tick) for tick in range(len(by_tick))] == by_tick
+    for segment in program.segments:
+        ticks = range(segment.start, segment.stop)
+        if not program.defers(segment):
+            assert len({program.is_waiting(tick) for tick in ticks}) == 1
+
+
 @pytest.mark.parametrize("schedule", [dualpipe(16, 64), dualpipe_v(8, 64), zb1p(16, 64)])
 def test_every_read_finds_its_value_at_full_size(schedule):
     check(compile_program(schedule))
