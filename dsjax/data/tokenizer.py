@@ -6,6 +6,7 @@ with the letters or line ends that follow it) and has the same special tokens, s
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -161,3 +162,15 @@ class Tokenizer:
     def token(self, id: int) -> str | None:
         """Returns how the vocabulary spells an id, None if it is not in use."""
         return self._tokenizer.id_to_token(id)
+
+    def beginning_with(self, text: str) -> list[int]:
+        """Returns the ids that the vocabulary spells with this text at the beginning."""
+        spelled, ids = self._in_order
+        found = slice(bisect_left(spelled, text), bisect_right(spelled, text, key=lambda token: token[: len(text)]))
+        return ids[found]
+
+    @cached_property
+    def _in_order(self) -> tuple[list[str], list[int]]:
+        """All spellings in the order of their characters, and their ids."""
+        known = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items())
+        return [token for token, _ in known], [id for _, id in known]

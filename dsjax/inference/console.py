@@ -159,10 +159,10 @@ def show_answers(
 
 @contextmanager
 def warnings_said(*libraries: str) -> Iterator[None]:
-    """Inside, warnings of dsjax and of some libraries are written to stderr as all else that commands say."""
+    """Inside, warnings of engines and of some libraries are written to stderr as all else that commands say."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("dsjax: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("dsjax", *libraries)]
+    loggers = [logging.getLogger(name) for name in ("dsjax.inference", *libraries)]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False

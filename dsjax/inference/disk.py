@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from dsjax.inference.pages import Known
 
-log = logging.getLogger("dsjax")
+log = logging.getLogger("dsjax.inference")
 
 MOST_WAITING = 16
 """Pages that wait to be written, each of which takes its bytes of the device's memory too; others are not written."""
@@ -101,8 +101,8 @@ class PageFiles:
         return arrays if same else None
 
     def _make_room(self) -> bool:
-        """Delete what killed processes have left and, oldest first, pages until a part in `SHARE` of the budget is free;
-        return whether the rest is within it."""
+        """Delete what killed processes have left and, oldest first, pages until a part in `SHARE` of it all is free.
+        Return whether the rest is within the budget."""
         found, now = [], time.time()
         for entry in os.scandir(self._folder):
             with suppress(FileNotFoundError):  # another engine does the same

@@ -12,24 +12,21 @@ Of several processes each has an engine, which takes the same steps: process 0 l
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
-from dsjax.inference.disk import DiskTier, PageFiles
-from dsjax.inference.fingerprint import fingerprint
+from dsjax.inference.groups import Groups
 from dsjax.inference.load import Model
-from dsjax.inference.pages import PagePool, PrefixCounts
 from dsjax.inference.passes import Passes, Piece
+from dsjax.inference.prompt import Prompt
 from dsjax.inference.rebalance import Rebalancer
 from dsjax.inference.request import Request
-from dsjax.inference.running import EngineCounts, InFlight, Running, tokens_of
+from dsjax.inference.running import EngineCounts, InFlight, Running, next_pieces, tokens_of
 from dsjax.inference.sampling import Sampling
 from dsjax.inference.settings import EngineSettings
 from dsjax.inference.speculation import Verified
-from dsjax.inference.text import StopStrings, TextStream, reopen_last_token
+from dsjax.inference.text import StopStrings, TextStream
 from dsjax.inference.words import Word, Words, agree
 
 
@@ -73,28 +70,15 @@ class Engine:
         self._most_taken = 1 + settings.speculate
         self._model, self.tokenizer, self.slots = model, model.tokenizer, settings.slots
         self._passes = Passes(model, settings)
-        self.context, self.prefix = self._passes.context, PrefixCounts()
-        files = None
-        if settings.disk:
-            folder = Path(settings.disk) / fingerprint(model, settings.page_size, settings.cache_format)
-            files = PageFiles(folder, settings.disk_bytes)
-        self._pools = [self._pool(group, settings, files) for group in range(self._passes.groups)]
+        self._groups = Groups(model, self._passes, settings)
+        self.context, self.prefix = self._passes.context, self._groups.prefix
         self._submitted: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []
-        self._slots = [list(range(self._passes.slots)) for _ in self._pools]
         self._in_flight: deque[InFlight] = deque()
         self._cancelled: list[Request] = []
         self._lock = threading.Lock()
         self.counts = EngineCounts(accepted_at=[0] * settings.speculate)
-
-    def _pool(self, group: int, settings: EngineSettings, files: PageFiles | None) -> PagePool:
-        passes, idle, tier = self._passes, self._passes.pages, None
-        if settings.prefix_bytes is not None:
-            idle = settings.prefix_bytes // passes.page_bytes
-        if files is not None:
-            tier = DiskTier(files, partial(passes.read_page, group), partial(passes.write_page, group))
-        return PagePool(passes.pages, settings.page_size, most_idle=idle, tier=tier, counts=self.prefix)
 
     @property
     def rebalancer(self) -> Rebalancer | None:
@@ -104,17 +88,17 @@ class Engine:
     @property
     def pages(self) -> int:
         """Pages that requests can have."""
-        return sum(pool.usable for pool in self._pools)
+        return self._groups.usable
 
     @property
     def pages_held(self) -> int:
         """Pages that requests have."""
-        return sum(pool.held for pool in self._pools)
+        return self._groups.held
 
     @property
     def pages_idle(self) -> int:
         """Pages that the prefix cache keeps for nobody in particular."""
-        return sum(pool.idle for pool in self._pools)
+        return self._groups.idle
 
     @property
     def running(self) -> int:
@@ -136,9 +120,17 @@ class Engine:
         """Whether requests are submitted here; otherwise there is nothing to do but `follow`."""
         return self._words is None or self._words.leads
 
+    def prepare(self, prompt: str | Sequence[int]) -> Prompt:
+        """Return a prompt that is encoded and checked, for `submit` to take any number of times.
+
+        Raises:
+            ValueError: no prompt, or an id that the model has not.
+        """
+        return Prompt.of(prompt, self._model)
+
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Prompt,
         sampling: Sampling | None = None,
         *,
         max_tokens: int,
@@ -151,7 +143,7 @@ class Engine:
 
         Args:
             prompt: text, in front of which the token that opens a document is put, and whose last token may grow (see
-                `reopen_last_token`); or ids, which stay as they are.
+                `reopen_last_token`); or ids, which stay as they are; or what `prepare` has made of either.
             sampling: how to choose tokens.
             max_tokens: of the answer, at most; the context may end it before.
             stop: texts that end the answer.
@@ -165,37 +157,16 @@ class Engine:
         """
         if not self.leads:
             raise ValueError("this process cannot submit requests: process 0 leads, and the others call follow()")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
-        tokenizer, vocab_size = self._model.tokenizer, self._model.config.vocab_size
-        if isinstance(prompt, str):
-            whole = [self._model.opening, *tokenizer.encode([prompt], special=True)[0]]
-            ids, first = reopen_last_token(tokenizer, whole, vocab_size)
-            before, shown = ids[1:], tokenizer.decode(whole[1:])
-        else:
-            whole = ids = before = [int(id) for id in prompt]
-            shown = None
-        if not ids:
-            raise ValueError("the prompt has no tokens: it must begin with the one that opens a document")
-        if wrong := [id for id in ids if not 0 <= id < vocab_size]:
-            raise ValueError(f"prompt: token {wrong[0]} must be below model.vocab_size = {vocab_size}")
-        if len(whole) >= self.context:
-            raise ValueError(f"the prompt has {len(whole)} tokens: must be below the {self.context} of the context")
-        max_tokens = min(max_tokens, self.context - len(whole))
-        room = self._pools[0].usable * self._pools[0].page_size
-        if len(ids) + max_tokens > room:
-            raise ValueError(
-                f"prompt and answer may have {len(ids) + max_tokens} tokens: must be at most the {room} that the cache "
-                "has room for; lower max_tokens, or raise cache_bytes"
-            )
+        prompt = prompt if isinstance(prompt, Prompt) else self.prepare(prompt)
+        most = prompt.most_tokens(max_tokens, self.context, self._groups.room)
         request = Request(
-            prompt=ids,
+            prompt=prompt.ids,
             sampling=sampling or Sampling(),
-            max_tokens=max_tokens,
-            stop_ids=[tokenizer.eos] if stop_ids is None else stop_ids,
-            text_stream=TextStream(tokenizer, before, shown),
+            max_tokens=most,
+            stop_ids=[self.tokenizer.eos] if stop_ids is None else stop_ids,
+            text_stream=TextStream(self.tokenizer, prompt.before, prompt.shown),
             stops=StopStrings(stop),
-            first=first,
+            first=first if prompt.first is None else prompt.first,
             listener=listener,
         )
         with self._lock:
@@ -270,7 +241,7 @@ class Engine:
             self._words.say(word, self.counts.steps)
 
     def _close(self) -> None:
-        for pool in self._pools:
+        for pool in self._groups.pools:
             pool.save_all()
         self._passes.close()
         if self._words:
@@ -298,45 +269,30 @@ class Engine:
             request.end("cancelled")
 
     def _admit(self) -> None:
-        while self._waiting and any(self._slots):
+        while self._waiting and any(self._groups.slots):
             request = self._waiting[0]
             ids = [*request.prompt, *(token.id for token in request.tokens)]
-            if (found := self._group_for(ids)) is None:
+            busy = Counter(running.group for running in self._running)
+            if (found := self._groups.find(ids, busy)) is None:
                 return
             group, pages, digests = found
             self._waiting.popleft()
-            pool, known = self._pools[group], len(pages) * self._pools[group].page_size
+            pool = self._groups.pools[group]
+            known = len(pages) * pool.page_size
             if request.preemptions == 0:
                 request.cached_tokens = known
                 self.prefix.asked += len(ids)
                 self.prefix.found += known
             pages += [pool.take() for _ in range(pool.needed(ids) - len(pages))]
-            slot, drawn = self._slots[group].pop(), len(request.tokens)
+            slot, drawn = self._groups.slots[group].pop(), len(request.tokens)
             running = Running(request, group, slot, ids, len(ids), pages, known, drawn, digests)
             self._running.append(running)
             if request.sampling.repetition_penalty != 1:
                 self._passes.mark_seen(group, slot, ids)
 
-    def _group_for(self, ids: list[int]) -> tuple[int, list[int], list[bytes]] | None:
-        """Return a group that has room for tokens, and the pages that it has of them: the one that knows most, or has
-        the fewest requests."""
-        busy = Counter(running.group for running in self._running)
-        free = [group for group, slots in enumerate(self._slots) if slots]
-        if len(free) > 1:
-            free.sort(key=lambda group: (-self._pools[group].known(ids), busy[group]))
-        for group in free:
-            pool = self._pools[group]
-            pages, digests = pool.match(ids)
-            # Room for a page of each of the others, or somebody would soon have to give theirs up.
-            if pool.available >= pool.needed(ids) - len(pages) + busy[group]:
-                return group, pages, digests
-            pool.release(pages)
-        return None
-
     def _read_prompts(self) -> None:
-        largest = self._passes.largest_piece
-        left = [largest] * self._passes.groups
-        while pieces := self._next_pieces(left):
+        left = [self._passes.largest_piece] * self._passes.groups
+        while pieces := next_pieces(self._running, left, self._passes):
             read = []
             for running, count in pieces:
                 ids = running.ids[running.length : running.length + count]
@@ -357,29 +313,6 @@ class Engine:
                 batch, places = map(list, zip(*ended, strict=True))
                 self._in_flight.append(InFlight(self.counts.steps, drawn, batch, places))
 
-    def _next_pieces(self, left: list[int]) -> list[tuple[Running, int]]:
-        """Return the pieces of prompts that are next, of each group the oldest requests', and how long they are.
-
-        Args:
-            left: tokens that each group may still read in this step.
-        """
-        largest, found, taken, full = self._passes.largest_piece, [], Counter(), set()
-        for running in self._running:
-            if running.is_read or running.group in full:
-                continue
-            # Pieces end at the same places whatever else there is to read.
-            count = min(running.prompt - running.length, largest - running.length % largest)
-            taken[running.group] += count
-            if taken[running.group] > left[running.group]:
-                full.add(running.group)
-                continue
-            own = [length for other, length in found if other.group == running.group]
-            if own and len(own) >= self._passes.most_pieces(max(*own, count)):
-                full.add(running.group)
-                continue
-            found.append((running, count))
-        return found
-
     def _decode(self) -> None:
         for running in sorted(self._running, key=_age):
             self._grow(running)
@@ -394,7 +327,7 @@ class Engine:
 
     def _grow(self, running: Running) -> None:
         """Give a request the pages that its next tokens go to, or take all of them."""
-        pool = self._pools[running.group]
+        pool = self._groups.pools[running.group]
 
         def needs_page() -> bool:
             needed = min(running.length + self._most_taken, running.end - 1)
@@ -417,8 +350,8 @@ class Engine:
 
     def _leave(self, running: Running) -> None:
         self._running.remove(running)
-        self._pools[running.group].release(running.pages)
-        self._slots[running.group].append(running.slot)
+        self._groups.pools[running.group].release(running.pages)
+        self._groups.slots[running.group].append(running.slot)
 
     def _look_at_results(self, before: int) -> None:
         """Hand out the tokens of steps before one; this waits for the device."""
@@ -435,7 +368,7 @@ class Engine:
                 if drafted is not None:
                     running.length -= self._most_taken - len(tokens)
                     running.drawn += len(tokens) - 1
-                    self._count_drafts(int(drafted[place]), len(tokens) - 1)
+                    self.counts.count_drafts(int(drafted[place]), len(tokens) - 1)
                 for token in tokens:
                     if running.request.finish is None:
                         running.request.take(token)
@@ -446,15 +379,9 @@ class Engine:
                 if running.request.finish is not None:
                     self._leave(running)
 
-    def _count_drafts(self, drafted: int, accepted: int) -> None:
-        self.counts.drafted += drafted
-        self.counts.accepted += accepted
-        for k in range(accepted):
-            self.counts.accepted_at[k] += 1
-
     def _register(self, running: Running) -> None:
         """Let the full pages of a request be found, as soon as the device has the work that fills them."""
-        pool = self._pools[running.group]
+        pool = self._groups.pools[running.group]
         size = pool.page_size
         known = min(running.length, running.end - 1, len(running.ids))
         for i in range(len(running.digests) - 1, known // size):

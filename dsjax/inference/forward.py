@@ -171,9 +171,10 @@ def _in_turns(
     layer: Layer, parts: Sequence[_Part], xs: Sequence[Array], stacked: PyTree, count: int
 ) -> tuple[list[Array], Array, Array]:
     """Run the layers of two micro-batches, some at once, so that one computes while the other's tokens travel."""
-    size = max(size for size in range(1, MOST_LAYERS + 1) if count % size == 0)
 
-    def some_layers(xs: tuple[Array, ...], start: Int[Array, ""]) -> tuple[tuple[Array, ...], list[PyTree]]:
+    def some_layers(
+        xs: tuple[Array, ...], start: Int[Array, ""] | int, *, size: int
+    ) -> tuple[tuple[Array, ...], list[PyTree]]:
         weights = [_layer_of(stacked, start + j) for j in range(size)]
         ends, made = [], []
         for name, part, x in zip("FB", parts, xs, strict=True):
@@ -188,23 +189,33 @@ def _in_turns(
             made.append(found)
         return tuple(ends), made
 
-    def turn(xs: tuple[Array, ...], start: Int[Array, ""]) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-        xs, (first, second) = interleaved(without_gradient_rules(some_layers))(xs, start)
+    def turn(
+        xs: tuple[Array, ...], start: Int[Array, ""] | int, size: int
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        xs, (first, second) = interleaved(without_gradient_rules(partial(some_layers, size=size)))(xs, start)
         pairs = list(zip(first, second, strict=True))
         entries = jnp.stack([jnp.concatenate([a, b]) for (a, _), (b, _) in pairs])
         return xs, (entries, jnp.stack([a + b for (_, a), (_, b) in pairs]))
 
     def step(carry: tuple[Array, tuple[Array, ...], tuple[Array, Array]]) -> tuple:
-        number, xs, (entries, loads) = carry
-        xs, new = turn(xs, number * size)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * size, axis=0)
-        return number + 1, xs, (put(entries, new[0]), put(loads, new[1]))
+        number, xs, found = carry
+        xs, new = turn(xs, number * size, size)
+        return number + 1, xs, put(found, new, number * size)
 
-    xs = tuple(xs)
-    found = tuple(jnp.zeros((count, *part.shape[1:]), part.dtype) for part in jax.eval_shape(turn, xs, 0)[1])
+    def put(found: tuple[Array, ...], new: tuple[Array, ...], start: Int[Array, ""] | int) -> tuple[Array, ...]:
+        return jax.tree.map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0), found, new)
+
+    xs, size = tuple(xs), min(MOST_LAYERS, count)
+    turns, rest = divmod(count, size)  # V3 has 58 = 14 * 4 + 2
+    made = jax.eval_shape(partial(turn, size=size), xs, 0)[1]
+    found = tuple(jnp.zeros((count, *part.shape[1:]), part.dtype) for part in made)
     # Not a scan, whose numbers of layers are data: see `_layer_of`.
-    _, ends, (entries, loads) = jax.lax.while_loop(lambda carry: carry[0] < count // size, step, (0, xs, found))
-    return list(ends), entries, loads
+    _, xs, found = jax.lax.while_loop(lambda carry: carry[0] < turns, step, (0, xs, found))
+    if rest:
+        xs, new = turn(xs, turns * size, rest)
+        found = put(found, new, turns * size)
+    entries, loads = found
+    return list(xs), entries, loads
 
 
 def _layer_of(stacked: PyTree, i: Int[Array, ""]) -> PyTree:

@@ -1,14 +1,15 @@
 """What an engine knows of the requests that it works on, and what it reads of a pass' results."""
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from dsjax.inference.passes import Row
+from dsjax.inference.passes import Passes, Row
 from dsjax.inference.request import Request, Token
 from dsjax.inference.sampling import Drawn
 from dsjax.inference.speculation import Verified
@@ -93,6 +94,39 @@ class EngineCounts:
     def acceptance(self) -> float:
         """`accepted` / `drafted`; 0 before there was a draft."""
         return self.accepted / self.drafted if self.drafted else 0.0
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """Add the drafts of a request in a step."""
+        self.drafted += drafted
+        self.accepted += accepted
+        for k in range(accepted):
+            self.accepted_at[k] += 1
+
+
+def next_pieces(requests: Iterable[Running], left: Sequence[int], passes: Passes) -> list[tuple[Running, int]]:
+    """Return the pieces of prompts that are next, of each group the oldest requests', and how long they are.
+
+    Args:
+        requests: oldest first.
+        left: tokens that each group may still read in this step.
+        passes: that are to read them.
+    """
+    largest, found, taken, full = passes.largest_piece, [], Counter(), set()
+    for running in requests:
+        if running.is_read or running.group in full:
+            continue
+        # Pieces end at the same places whatever else there is to read.
+        count = min(running.prompt - running.length, largest - running.length % largest)
+        taken[running.group] += count
+        if taken[running.group] > left[running.group]:
+            full.add(running.group)
+            continue
+        own = [length for other, length in found if other.group == running.group]
+        if own and len(own) >= passes.most_pieces(max(*own, count)):
+            full.add(running.group)
+            continue
+        found.append((running, count))
+    return found
 
 
 def tokens_of(result: Drawn | Verified, places: Sequence[int], requests: Sequence[Request]) -> list[list[Token]]:

@@ -98,7 +98,6 @@ def reopen_last_token(
     if ids[-1] in special:
         return list(ids), np.ones(vocab_size, bool)
     last = tokenizer.token(ids[-1])
-    spelled = (tokenizer.token(id) or "" for id in range(vocab_size))
-    fits = np.fromiter((text.startswith(last) for text in spelled), bool, vocab_size)
-    fits[[id for id in special if id is not None]] = False
+    fits = np.zeros(vocab_size, bool)
+    fits[[id for id in tokenizer.beginning_with(last) if id < vocab_size and id not in special]] = True
     return list(ids[:-1]), fits

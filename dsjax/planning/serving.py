@@ -32,6 +32,14 @@ low-latency figures on H800."""
 SMALL_PRODUCTS = 0.5
 """Share of the peak that products of a hundred rows per expert are taken to reach where memory does not bound them: an
 assumption."""
+SIZES_OF_V3 = {
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+}
+"""Of the models that DeepSeek's published figures are of."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class ServingReport:
     tokens: int
     """That a device's share of a pass has."""
     published: str
-    """What is known of the real thing."""
+    """What is known of the real thing; empty for models of another size."""
 
     @property
     def total(self) -> int:
@@ -198,6 +206,8 @@ def _relative_to_h800(chip: Chip) -> dict[str, float]:
 
 
 def _known(deployment: Deployment) -> str:
+    if any(getattr(deployment.model, name) != size for name, size in SIZES_OF_V3.items()):
+        return ""
     if deployment.work == "decode":
         return "DeepSeek's service, mean of a day: 1,850 tokens/s written per H800 (14.8k per node), 20 to 22 per user"
     return "DeepSeek's service, mean of a day: 4,000 tokens/s read per H800 (73.7k per node with 56 % cache hits)"

@@ -46,26 +46,29 @@ def lines(report: ServingReport) -> Iterator[str]:
         f"{'fp8' if deployment.precision == 'fp8' else 'bf16'}"
     )
     yield ""
-    yield "memory of a device                     GB"
+    unit, size_of = ("GB", 1e9) if report.total >= 1e9 else ("MB", 1e6)
+    yield f"memory of a device                     {unit}"
     for name, size in report.memory.items():
-        yield f"  {name:34}{size / 1e9:7.2f}"
+        yield f"  {name:34}{size / size_of:7.2f}"
     room = chip.memory_bytes * MEMORY_SHARE
-    yield f"  {'together':34}{report.total / 1e9:7.2f}  of {room / 1e9:.1f}"
+    yield f"  {'together':34}{report.total / size_of:7.2f}  of {room / 1e9:.1f} GB"
     if not report.fits:
         yield f"  does not fit: lower engine.slots = {engine.slots} or engine.context, or set engine.cache_bytes"
     yield ""
     what = f"{report.tokens} tokens of a device" if deployment.work == "prefill" else f"{report.tokens} requests of one"
-    yield f"a layer of {what}, ms (estimates from published rates)"
+    unit, length = ("ms", 1e-3) if max(report.parts.values()) >= 1e-4 else ("us", 1e-6)
+    yield f"a layer of {what}, {unit} (estimates from published rates)"
     for name, seconds in report.parts.items():
-        yield f"  {name:34}{seconds * 1e3:7.3f}"
+        yield f"  {name:34}{seconds / length:7.3f}"
     how = "beside each other" if layout.micro_batches == 2 else "one after the other"
-    yield f"  Computing and network {how}, {model.num_hidden_layers} layers: {report.pass_seconds * 1e3:.1f} ms"
+    yield f"  Computing and network {how}, {model.num_hidden_layers} layers: {report.pass_seconds / length:.1f} {unit}"
     yield ""
     rate = report.tokens_per_s_per_device
     yield f"{deployment.work}: {rate:,.0f} tokens/s per device, {rate * layout.devices:,.0f} in all"
     if deployment.work == "decode":
         yield f"  {1 / report.pass_seconds:.1f} tokens/s for each of {engine.slots} requests of {engine.context} tokens"
-    yield f"  {report.published}"
+    if report.published:
+        yield f"  {report.published}"
 
 
 def as_dict(report: ServingReport) -> dict[str, Any]:

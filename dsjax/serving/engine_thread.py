@@ -121,7 +121,7 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end when the engine has no more work, or behind the program that it compiles; wait for that."""
+        """Let the thread end when the engine has no more work, or behind the program that it compiles, and wait."""
         with self._wake:
             self._stopping = True
             self._wake.notify()

@@ -211,11 +211,11 @@ class Fields:
         if value is None:
             return default
         if not is_integer(value) or not lowest <= value <= highest:
-            # Limits that nobody meets by chance are told only to those who have.
-            below = highest if highest < 2**63 - 1 or (is_integer(value) and value > highest) else None
-            above = lowest if lowest > -(2**63) or (is_integer(value) and value < lowest) else None
-            limits = [f"{words} {limit}" for words, limit in (("at least", above), ("at most", below)) if limit is not None]
-            raise self.wrong(name, value, ", ".join(["an integer", " and ".join(limits)][: 1 + bool(limits)]))
+            # Limits that few meet are told only to those who have.
+            is_beyond = is_integer(value) and abs(value) >= 2**63
+            above = f", at least {lowest}" if lowest > -(2**63) or is_beyond else ""
+            below = f" and at most {highest}" if highest < 2**63 - 1 or is_beyond else ""
+            raise self.wrong(name, value, f"an integer{above}{below}")
         return value
 
     def number(self, name: str, default: float) -> float:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from dsjax.inference.engine import Engine
+from dsjax.inference.prompt import Prompt
 from dsjax.inference.request import Request
 from dsjax.serving.chat import ChatTemplate
 from dsjax.serving.delivery import Delivery
@@ -29,9 +30,7 @@ RETRY_AFTER = 1
 class Prepared:
     """A prompt as the engine takes it."""
 
-    prompt: str | list[int]
-    length: int
-    """In tokens."""
+    prompt: Prompt
     tail: str = ""
     """The end of its text: that of the last token, or behind the last message."""
 
@@ -154,8 +153,7 @@ class Service:
             if isinstance(error, ValueError):
                 raise ApiError(400, str(error)) from error
             raise
-        requests = enumerate(answers.requests)
-        choices = [self._choice(order, prepared[i // order.n], request, i) for i, request in requests]
+        choices = [self._choice(order, prepared[i // order.n], i) for i in range(len(answers.requests))]
         return Delivery(order, answers, choices, Reply(self.name, chat=isinstance(order, ChatOrder)))
 
     def leave(self, delivery: Delivery) -> None:
@@ -174,8 +172,8 @@ class Service:
         prepared = [self._prepare(order, i) for i in range(len(order.prompts))]
         engine = self.thread.engine
         for each in prepared:
-            if each.length >= engine.context:
-                message = f"the prompt has {each.length} tokens: must be below the {engine.context} of the context"
+            if (length := len(each.prompt.whole)) >= engine.context:
+                message = f"the prompt has {length} tokens: must be below the {engine.context} of the context"
                 raise ApiError(400, message, code="context_length_exceeded")
         limit = order.max_tokens or self.settings.max_tokens or engine.context
         stop_ids = {engine.tokenizer.eos, self._template.end} if isinstance(order, ChatOrder) else None
@@ -187,21 +185,18 @@ class Service:
         return prepared
 
     def _prepare(self, order: Order, index: int) -> Prepared:
+        engine = self.thread.engine
         if isinstance(order, ChatOrder):
             ids, tail = self._template.encode(order.messages, order.variables)
-            return Prepared(ids, len(ids), tail)
-        prompt = order.prompts[index]
-        if not isinstance(prompt, str):
-            return Prepared(prompt, len(prompt))
-        tokenizer = self.thread.engine.tokenizer
-        ids = tokenizer.encode([prompt], special=True)[0]
-        return Prepared(prompt, 1 + len(ids), tokenizer.decode(ids[-1:]))
+            return Prepared(engine.prepare(ids), tail)
+        prompt = engine.prepare(order.prompts[index])
+        return Prepared(prompt, engine.tokenizer.decode(prompt.whole[-1:]))
 
-    def _choice(self, order: Order, prepared: Prepared, request: Request, index: int) -> Choice:
+    def _choice(self, order: Order, prepared: Prepared, index: int) -> Choice:
         spelling = None
         if order.sampling.logprobs is not None:
             # The engine takes back the last token of a text: the first of the answer spells it again.
-            reopened = len(request.prompt) < prepared.length
+            reopened = len(prepared.prompt.ids) < len(prepared.prompt.whole)
             spelling = Spelling(self.thread.engine.tokenizer, len(prepared.tail) if reopened else 0)
         if isinstance(order, CompletionOrder):
             return TextChoice(index, spelling)

@@ -63,7 +63,9 @@ def test_lines_and_their_settings(prompts):
 def test_answers(run, prompts, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     long = {"prompt": "a b c " * 60, "id": "long"}
-    main(command(run, prompts([*PROMPTS, long]), output))
+    with pytest.raises(SystemExit) as exit:
+        main(command(run, prompts([*PROMPTS, long]), output))
+    assert exit.value.code == 1  # as one of them has no answer
     found = answers(output)
     assert found.keys() == {1, "a", 7, 4, "long"}
     assert re.search(r"prompt has \d+ tokens: must be below the 64", found["long"]["error"])
@@ -185,6 +187,19 @@ def test_errors_of_the_command(run, capsys, argv, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_output_that_cannot_be_written(run, prompts, tmp_path, capsys):
+    """It is found before a model is loaded; where the model is what is wrong, no file is left."""
+    path = prompts(PROMPTS)
+    for where, message in (
+        ("nowhere/x.jsonl", f"dsjax: {tmp_path / 'nowhere/x.jsonl'}: No such file or directory\n"),
+        ("x.jsonl", "dsjax: nowhere: no such folder\n"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command("nowhere", path, tmp_path / where))
+        assert capsys.readouterr().err == message
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_no_prompts(prompts):

@@ -264,11 +264,11 @@ def test_what_pages_hold_is_a_matter_of_their_tokens_alone(models):
     for request in requests:
         read.submit([*request.prompt, *ids_of(request)], GREEDY, max_tokens=1)
     read.run()
-    pages = [engine._pools[0]._pages for engine in (wrote, read)]
+    pages = [engine._groups.pools[0]._pages for engine in (wrote, read)]
     shared = pages[0].keys() & pages[1].keys()
     assert len(shared) == 3 * 13
     for digest in shared:
-        contents = [engine._passes.read_page(0, engine._pools[0]._pages[digest]) for engine in (wrote, read)]
+        contents = [engine._passes.read_page(0, engine._groups.pools[0]._pages[digest]) for engine in (wrote, read)]
         assert contents[0]["entries"].shape[0] == 4 + 2
         for name in ("entries", "states"):
             # What a module has of the very first tokens is of no account.

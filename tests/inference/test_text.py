@@ -78,6 +78,19 @@ def test_the_last_token_of_a_prompt_may_become_longer(tokenizer):
     assert not first[tokenizer.vocab_size :].any()
 
 
+def test_tokens_that_begin_alike_are_found_at_once(tokenizer, monkeypatch):
+    """They are those that the whole vocabulary has, and it is read once, not for every prompt."""
+    vocabulary = {id: tokenizer.token(id) for id in range(tokenizer.vocab_size)}
+    for text in {token[:length] for token in vocabulary.values() for length in (1, 2, len(token))}:
+        expected = [id for id, token in vocabulary.items() if token.startswith(text)]
+        assert sorted(tokenizer.beginning_with(text)) == expected
+    asked = []
+    monkeypatch.setattr(tokenizer, "token", lambda id: asked.append(id) or vocabulary[id])
+    for text in ("def ", "x = "):
+        reopen_last_token(tokenizer, tokenizer.encode([text])[0], 400)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("text", ["", f"x{FIM[1]}"])
 def test_a_special_token_stays(tokenizer, text):
     prompt = [tokenizer.eos, *tokenizer.encode([text], special=True)[0]]

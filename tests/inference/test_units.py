@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from engines import MIX, SETTINGS, answered, compilations, ids_of, prompt
 
-from dsjax.inference import passes
+from dsjax.inference import forward, passes
 from dsjax.inference.engine import Engine
 from dsjax.inference.fingerprint import fingerprint
 from dsjax.inference.layout import Layout
@@ -33,6 +33,14 @@ def model(small, random_parameters, tokenizer):
     config = replace(small, num_nextn_predict_layers=1)
     params, biases = random_parameters(config)
     return Model(config, Runtime(), params, biases, tokenizer, opening=0, context=96, origin="")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def turns():
+    """With two micro-batches the three MoE layers are a loop of turns of two, and one behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "MOST_LAYERS", 2)
+        yield
 
 
 def submitted(engine):
@@ -99,7 +107,7 @@ def test_padding_goes_to_no_expert(model, monkeypatch):
 
 @pytest.mark.slow
 def test_groups_have_prefixes_of_their_own_and_share_those_on_disk(model, tmp_path):
-    settings = replace(UNIT, slots=4, disk=str(tmp_path))
+    settings = replace(UNIT, slots=4)
     layout, how = Layout(node=4), Sampling(temperature=0.0)
     engine = Engine(model.on_unit(layout), settings)
 
@@ -113,6 +121,9 @@ def test_groups_have_prefixes_of_their_own_and_share_those_on_disk(model, tmp_pa
     assert again.cached_tokens == 32  # the group that knows most has it, though others are as free
     both = answer(3, 3)
     assert sorted(request.cached_tokens for request in both) == [0, 32]
+    settings = replace(settings, disk=str(tmp_path))
+    engine = Engine(model.on_unit(layout), settings)
+    answer(3)
     engine.close()
     engine = Engine(model.on_unit(layout), settings)
     assert [request.cached_tokens for request in answer(3, 3)] == [32, 32]
@@ -145,7 +156,7 @@ def test_pages_pass_from_a_unit_that_reads_to_one_that_writes_and_back(model, tm
     def found(unit, ids, count):
         request = unit.submit(ids, how, max_tokens=count, stop_ids=[])
         unit.run()
-        for pool in unit._pools:
+        for pool in unit._groups.pools:
             pool._tier.flush()
         return request.cached_tokens, ids_of(request)
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,31 @@ def test_the_command(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["devices"] == 144 and found["memory_bytes_total"] == sum(found["memory_bytes"].values())
     assert found["layer_seconds"]["computing"] > 0
+
+
+@pytest.mark.parametrize("name", ["tiny_prefill", "tiny_decode"])
+def test_small_models_are_told_in_small_units_and_beside_no_large_ones(name, capsys):
+    from dsjax.plan import main
+
+    main([name])
+    shown = capsys.readouterr().out
+    assert "memory of a device                     MB" in shown and ", us (estimates" in shown
+    numbers = [float(line.split()[-1]) for line in shown.splitlines() if line[36:].strip().replace(".", "").isdigit()]
+    assert len(numbers) > 9 and min(numbers) > 0
+    assert "DeepSeek" not in shown
+    main(["v3_decode_144", "--model.vocab-size", "32000"])  # which is as much work
+    shown = capsys.readouterr().out
+    assert "DeepSeek's service" in shown and "                     GB" in shown and ", ms (estimates" in shown
+
+
+def test_what_is_written_about_the_reports_units():
+    """The table of docs/inference.md."""
+    written = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    for name in DEPLOYMENTS:
+        report = report_of_serving(deployment(name), "h800")
+        (row,) = (line.split("|") for line in written.splitlines() if line.startswith(f"| `{name}` |"))
+        assert row[4].strip() == f"{report.total / 1e9:.1f}"
+        assert row[5].split()[0] == f"{report.tokens_per_s_per_device:,.0f}"
 
 
 @pytest.mark.parametrize(

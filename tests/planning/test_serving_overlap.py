@@ -79,7 +79,7 @@ def compiled(work, layers):
     not can_compile_for_gpus(), reason="JAX's CUDA plugin is not installed: uv run --extra cuda13 pytest -m slow"
 )
 @pytest.mark.parametrize(
-    ("work", "layers", "together", "share", "memory"), [("decode", 8, 4, 0.9, 1.2e9), ("prefill", 10, 2, 0.75, 5e9)]
+    ("work", "layers", "together", "share", "memory"), [("decode", 10, 6, 0.9, 1.2e9), ("prefill", 10, 6, 0.75, 5e9)]
 )
 def test_products_run_while_tokens_travel(work, layers, together, share, memory):
     """Behind the last layer of a loop's body there is nothing left to compute. And no layers' weights are copied out of

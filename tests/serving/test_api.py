@@ -61,6 +61,15 @@ def test_prompts_of_ids(client, server, alone):
     assert [choice.text for choice in found.choices] == [alone(each, GREEDY, max_tokens=9).text for each in ids]
 
 
+def test_a_prompt_is_encoded_once(client, server, monkeypatch):
+    """Whoever waits for its length, and however many answers it gets."""
+    tokenizer, encoded = server.engine.tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, **how: encoded.extend(texts) or encode(texts, **how))
+    assert len(client.completions.create(model="small", prompt=["def ", "x = "], n=3, max_tokens=2).choices) == 6
+    assert encoded == ["def ", "x = "]
+
+
 def test_choices_have_seeds_of_their_own(client, alone):
     found = client.completions.create(model="small", prompt=["a", "b"], n=3, seed=5, temperature=1, max_tokens=12)
     order = Order(model=None, sampling=Sampling(seed=5), max_tokens=1, stop=(), n=3, stream=False, include_usage=False)

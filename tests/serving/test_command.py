@@ -64,6 +64,9 @@ def test_a_life(run, tmp_path, number):
         assert said[1] == f"dsjax: mine is served at {url}\n"
         assert url.startswith("http://127.0.0.1:")
         assert httpx.get(f"{url}/v1/models").status_code == 401
+        with socket.create_connection(url.removeprefix("http://").split(":")) as connection:
+            connection.sendall(b"nonsense\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
         stream = client.completions.create(model="mine", prompt=[[40]], temperature=0, max_tokens=250, stream=True)
         next(stream)
@@ -71,7 +74,7 @@ def test_a_life(run, tmp_path, number):
         # What runs is finished.
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert process.wait(60) == 0
-        assert process.stderr.read() == ""
+        assert process.stderr.read() == "dsjax: Invalid HTTP request received.\n"
     assert list(tmp_path.rglob("*.npz"))
 
 

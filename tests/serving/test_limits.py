@@ -1,5 +1,6 @@
 """Limits, the key, clients who leave, an engine that fails, and the end: what is refused, and what is left behind."""
 
+import gzip
 import json
 import socket
 import threading
@@ -34,6 +35,23 @@ def test_large_bodies(serving):
             assert found.status_code == 413
             assert found.json()["error"]["code"] == "body_too_large"
         assert http.post("/v1/completions", json={"prompt": "x" * 100, "max_tokens": 1}).status_code == 200
+
+
+def test_bodies_that_are_packed(server):
+    headers = JSON | {"Content-Encoding": "gzip"}
+    found = server.http.post("/v1/completions", content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+    assert found.status_code == 415
+    assert found.json()["error"]["message"] == "Content-Encoding: gzip is not supported; send the body as it is"
+    plain = server.http.post("/v1/completions", json={"prompt": "x"}, headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
+
+
+def test_as_many_choices_as_there_is_room_for(serving):
+    with serving(queue=4, engine_settings={"slots": 4}) as server:
+        completions = server.openai.completions
+        assert len(completions.create(model="small", prompt="x", n=8, max_tokens=1).choices) == 8
+        with pytest.raises(openai.BadRequestError, match="9 choices: must be at most 8"):
+            completions.create(model="small", prompt="x", n=9, max_tokens=1)
 
 
 def test_long_answers(serving):
@@ -127,12 +145,13 @@ def test_before_it_is_ready(serving, eventually):
 
 def test_the_end_comes_before_it_is_ready(serving, eventually, monkeypatch):
     """The program that is being compiled is the last, and nobody is told that there is a server."""
-    began, compiled, later = threading.Event(), threading.Event(), []
-    programs = [lambda: (began.set(), compiled.wait()), lambda: later.append(1)]
-    with serving(warm_up=began.wait, engine_settings={"slots": 1}, grace=100) as server:
-        # The engine has no program yet: the thread that compiles waits above.
+    begin, compiling, compiled = (threading.Event() for _ in range(3))
+    later = []
+    programs = [lambda: (compiling.set(), compiled.wait()), lambda: later.append(1)]
+    with serving(warm_up=begin.wait, engine_settings={"slots": 1}, grace=100) as server:
         monkeypatch.setattr(server.engine._passes, "warming", lambda: iter(programs))
-        began.set()
+        begin.set()
+        assert compiling.wait(60)
         server.server.stop()
         eventually(lambda: httpx.get(f"{server.url}/ready").text == "the server is shutting down\n")
         compiled.set()

@@ -1,8 +1,10 @@
 """`python -m dsjax.serve` in two processes: one answers, the other follows."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from processes import SMALL_UNIT, launched
+from processes import SMALL_UNIT, ended, launched
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.sampling import Sampling
@@ -68,6 +70,25 @@ def test_a_life(run, model, tmp_path):
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert process.wait(120) == 0
         assert rest(process) == ["dsjax: passing SIGTERM on to all processes; the next one ends them at once"]
+
+
+def test_an_end_before_it_is_ready(run, tmp_path, eventually):
+    """All processes compile what they have begun, and no more."""
+    (tmp_path / "unit.toml").write_text(SMALL_UNIT)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [word for word in WORDS if "port" not in word]
+    with launched(tmp_path, 2, "dsjax.serve", run, *words, f"--port={port}", "--grace=0") as process:
+
+        def is_starting():
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"http://127.0.0.1:{port}/ready").text == "the server is starting\n"
+
+        eventually(is_starting, 300)
+        process.send_signal(signal.SIGTERM)
+        status, _, said = ended(process)
+    assert status == 0
+    assert "is served" not in said and "Traceback" not in said
 
 
 def test_a_lost_follower_ends_the_server(run, tmp_path):
