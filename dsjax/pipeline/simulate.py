@@ -221,6 +221,7 @@ def _assign(schedule: Schedule, cost: Cost, bundled: bool, align: _Align | None)
                 if bundle and not (
                     sum(map(cost.of, longer)) <= budget * (1 + 1e-9)
                     and _one_of_each(longer)
+                    and (room == math.inf or _is_plain(longer))
                     and _tapes(longer, waiting[rank]) <= room
                 ):
                     break
@@ -243,6 +244,12 @@ def _tapes(bundle: Bundle, waiting: int) -> int:
 def _one_of_each(bundle: Bundle) -> bool:
     roles = [op.kind.role for op in fuse(bundle)]
     return len(roles) == len(set(roles))
+
+
+def _is_plain(bundle: Bundle) -> bool:
+    """Whether it is no F with a W alone. Where stages differ in layers, XLA copied all tapes in every branch of a ramp
+    that had such; where tapes are few, memory counts more than the unit or so that it saves."""
+    return {op.kind.role for op in fuse(bundle)} != {Kind.F, Kind.W}
 
 
 def fuse(bundle: Bundle) -> Action:

@@ -66,8 +66,8 @@ def test_the_steady_state_hides_tokens_and_transfers():
     hidden = sum(c.nbytes for c in tokens_sent if c.products) / sum(c.nbytes for c in tokens_sent)
     transfers = of_kind("collective-permute", steady)
     print(f"of the tokens' bytes {hidden:.3f} have products in flight")
-    assert hidden >= 7 / 8
-    assert len(transfers) == 4 and sum(transfer.products > 0 for transfer in transfers) >= 3
+    assert hidden > 0.97
+    assert len(transfers) == 4 and all(transfer.products for transfer in transfers)
 
     plan = report_of(config, "h100").memory
     residuals = plan.residuals_per_token * SEQUENCES * LENGTH
@@ -78,4 +78,4 @@ def test_the_steady_state_hides_tokens_and_transfers():
     assert max(copies) < residuals
     state = sum(plan.device[name] for name in ("master_weights", "moments", "router_biases", "tokens"))
     print(f"all else {found.temporary_bytes / 1e9:.2f} GB, planned {(plan.total - state) / 1e9:.2f}")
-    assert found.temporary_bytes == pytest.approx(plan.total - state, rel=0.15)
+    assert found.temporary_bytes == pytest.approx(plan.total - state, rel=0.05)
