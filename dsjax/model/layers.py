@@ -1,5 +1,7 @@
 """The small parts that every layer is made of: weights, linear maps, RMSNorm, SwiGLU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -46,11 +48,31 @@ def linear(x: Float[Array, "*batch I"], w: Float[Array, "O I"] | Fp8Weight) -> F
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
-    """Return x over its root mean square, times `gain`; computed in float32, returned in x's format."""
+    """Return x over its root mean square, times `gain`; computed in float32, returned in x's format.
+
+    The backward pass has of it x and the root mean square. JAX's own would keep float32 products of both.
+    """
+    return _rms_norm_forward(x, gain, eps)[0]
+
+
+def _rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, tuple[Array, Array, Array]]:
     x32 = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse_rms * gain).astype(x.dtype)
+    return (x32 * inverse_rms * gain).astype(x.dtype), (x, gain, inverse_rms)
+
+
+def _rms_norm_backward(eps: float, kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, gain, inverse_rms = kept
+    normalized, dy = x.astype(jnp.float32) * inverse_rms, dy.astype(jnp.float32)
+    d_normalized = dy * gain
+    along = jnp.mean(d_normalized * normalized, axis=-1, keepdims=True)  # leaves the root mean square as it is
+    d_gain = jnp.sum(dy * normalized, axis=range(dy.ndim - 1))
+    return ((d_normalized - along * normalized) * inverse_rms).astype(x.dtype), d_gain.astype(gain.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def swiglu(gate_up: Float[Array, "*batch F2"]) -> Float[Array, "*batch F"]:
