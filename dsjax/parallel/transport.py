@@ -57,9 +57,8 @@ def move(
             moved = _ragged(lax.ragged_all_to_all, buffer, sent, received, axis)
         case "ragged, emulated":
             moved = _ragged(_emulated_ragged_all_to_all, buffer, sent, received, axis)
-    ends = list(accumulate(w.shape[-1] for w in words))
-    parts = [moved] if len(words) == 1 else jnp.split(moved, ends[:-1], axis=-1)
-    return structure.unflatten([_from_words(part, leaf) for part, leaf in zip(parts, leaves, strict=True)])
+    starts = accumulate((w.shape[-1] for w in words[:-1]), initial=0)
+    return structure.unflatten([_from_words(moved, start, leaf) for start, leaf in zip(starts, leaves, strict=True)])
 
 
 def _row_bytes(leaf: Array) -> int:
@@ -75,11 +74,17 @@ def _to_words(leaf: Array, unit: int) -> Array:
     return lax.bitcast_convert_type(rows, word).reshape(*leaf.shape[:2], -1)
 
 
-def _from_words(words: Array, like: Array) -> Array:
+def _from_words(words: Array, start: int, like: Array) -> Array:
+    """Return the array whose bits begin at a word of every row."""
     unit, size = words.dtype.itemsize, like.dtype.itemsize
     if size > unit:
-        words = words.reshape(*words.shape[:2], -1, size // unit)
-    return lax.bitcast_convert_type(words, like.dtype).reshape(like.shape)
+        part = words[..., start : start + _row_bytes(like) // unit]
+        return lax.bitcast_convert_type(part.reshape(*part.shape[:2], -1, size // unit), like.dtype).reshape(like.shape)
+    # The words of all arrays become numbers, which costs nothing; what takes a slice of numbers, XLA makes part of
+    # what reads them. A slice of words is a copy.
+    numbers = lax.bitcast_convert_type(words, like.dtype).reshape(*words.shape[:2], -1)
+    first = start * (unit // size)
+    return numbers[..., first : first + math.prod(like.shape[2:])].reshape(like.shape)
 
 
 def _ragged(primitive, buffer: Array, sent: Array, received: Array, axis: Axes) -> Array:
