@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from processes import AS_TESTS
 
 from dsjax.generate import main
 from dsjax.inference.batch import LineSettings, answer, finished, read_prompts
@@ -101,8 +102,7 @@ def test_a_killed_run_goes_on(run, prompts, tmp_path, capsys):
     file = prompts([{"prompt": f"x = {i}", "seed": i, "max_tokens": 40 + i} for i in range(60)])
     whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     words = [sys.executable, "-m", "dsjax.generate", *command(run, file, output)]
-    # Compiled as the tests are.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | AS_TESTS
     process = subprocess.Popen(words, env=environment, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (output.exists() and output.read_bytes().count(b"\n") >= 2) and process.poll() is None:

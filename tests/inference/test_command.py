@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import AS_TESTS
 
 from dsjax.generate import main
 
@@ -25,7 +26,7 @@ def generated(run, capsys):
 
 def test_as_a_program(run):
     command = [sys.executable, "-m", "dsjax.generate", str(run), "--prompt", "def ", "--max-tokens", "12"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | AS_TESTS | {"PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", env=environment, cwd=Path(__file__).parents[2], timeout=300
     )

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from meshes import ROUTINGS, TIGHT, check_equal, found_on
+from processes import AS_TESTS
 from rich.console import Console
 
 from dsjax.checkpoint.native import Checkpoints
@@ -100,7 +101,7 @@ def launched(folder, *words, module=None, devices=4):
     """`dsjax.launch` of two processes in a folder."""
     command = [sys.executable, "-m", "dsjax.launch", "--processes", "2", "--devices-per-process", str(devices)]
     command += ["--module", module] if module else []
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | AS_TESTS | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([*command, *map(str, words)], cwd=folder, env=environment, stdout=-1, stderr=-1, text=True)
 
 

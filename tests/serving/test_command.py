@@ -2,21 +2,18 @@
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import jax
 import openai
 import pytest
-from processes import started
+from processes import AS_TESTS, addressed, started
 
 from dsjax.serve import main
 
@@ -29,28 +26,13 @@ def served(run, *options, **environment):
     """Start the command; yield the process, its address, and what it has written to stderr."""
     command = [sys.executable, "-m", "dsjax.serve", str(run), *OPTIONS, *options]
     inherited = {name: value for name, value in os.environ.items() if name != "DSJAX_API_KEY"}
-    # As the tests compile, and where they keep it.
-    fast = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=HOME, env=inherited | fast | environment)
-    # A test that waits for a process that says nothing ends too.
-    watch = threading.Timer(300, process.kill)
-    watch.start()
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=HOME, env=inherited | AS_TESTS | environment
+    )
     try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"is served at (http://\S+)", line):
-                yield process, found[1], said
-                break
-        else:
-            raise AssertionError("".join(said))
+        with addressed(process, 300) as (url, said):
+            yield process, url, said
     finally:
-        watch.cancel()
         process.kill()
         process.wait()
         process.stderr.close()

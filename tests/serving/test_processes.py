@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import re
 import signal
 import socket
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from processes import SMALL_UNIT, ended, launched
+from processes import SMALL_UNIT, addressed, ended, launched
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.sampling import Sampling
@@ -26,19 +24,8 @@ WORDS = ("--port=0", "--name=small", "--deployment=unit.toml", "--context=256")
 def served(run, folder, *words):
     """Start two processes; yield the launcher and the address, and what has been written to stderr."""
     (folder / "unit.toml").write_text(SMALL_UNIT)
-    with launched(folder, 2, "dsjax.serve", run, *WORDS, *words) as process:
-        watch = threading.Timer(600, process.kill)
-        watch.start()
-        said = []
-        for line in process.stderr:
-            if "[Gloo]" not in line:
-                said.append(line)
-            if found := re.search(r"is served at (http://\S+)", line):
-                yield process, found[1], said
-                break
-        else:
-            raise AssertionError("".join(said))
-        watch.cancel()
+    with launched(folder, 2, "dsjax.serve", run, *WORDS, *words) as process, addressed(process, 600) as (url, said):
+        yield process, url, said
 
 
 def rest(process):

@@ -165,9 +165,8 @@ def test_document_mask_reaches_the_model(small_run, tokens, start):
         config = replace(small_run, data=DataConfig(sequence_length=16, document_mask=masked))
         segments = segment_ids(tokens[:, :-1], end) if masked else None
         direct = losses(state.params, state.biases, tokens, config=config.model, runtime=Runtime(), segments=segments)
-        parts, _ = accumulated_loss_and_grads(config, Runtime(), end_of_document=end)(
-            state.params, state.biases, tokens[None], jnp.float32(0)
-        )
+        in_parts = jax.jit(accumulated_loss_and_grads(config, Runtime(), end_of_document=end))
+        parts, _ = in_parts(state.params, state.biases, tokens[None], jnp.float32(0))
         evaluated = make_evaluate(config, Runtime(), end_of_document=end)(state.params, state.biases, tokens)
         np.testing.assert_allclose([parts.main, evaluated["loss"]], 2 * [direct.main], rtol=1e-6)
         found[masked] = float(direct.main)
