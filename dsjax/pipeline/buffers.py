@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from dsjax.pipeline.schedule import Kind
-
 
 class Results(NamedTuple):
     """What one device has of a step."""
@@ -75,60 +73,39 @@ def with_grads(state: State, slot: int, place: int, grads: PyTree) -> State:
     return replace(state, results=results._replace(grads=all_grads))
 
 
+def with_residuals(state: State, place: int, residuals: tuple[Array, ...]) -> State:
+    """Return the state with another buffer of residuals of a place."""
+    return replace(state, residuals=with_item(state.residuals, place, residuals))
+
+
 def with_item[T](values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
     """Return a tuple with another item in a place."""
     return (*values[:at], value, *values[at + 1 :])
 
 
-class Read(NamedTuple):
-    """What the ops of a tick take from the buffers."""
-
-    x: PyTree = None
-    """Of F."""
-    dy: PyTree = None
-    """Of B or I."""
-    residuals: tuple[tuple[Array, ...], ...] = ()
-    """Of B's or I's layers."""
-    tapes: tuple[tuple[Array, ...], ...] = ()
-    """Of W's layers."""
-
-
-def before_writes(
-    read: Read, state: State, opcode: tuple[tuple[Kind, int], ...], *, after_grads: bool
-) -> tuple[Read, State]:
-    """Keep reads before writes: otherwise XLA copies whole buffers to have both.
-
-    Residuals are read layer by layer, when they are used, or are written over in this tick. A buffer that nothing
-    writes is left out: behind the barrier XLA would copy it.
+def before_arrivals[T](state: State, taken: T, *, wait_for_grads: bool) -> tuple[State, T]:
+    """Keep what is taken from activations and gradients before what neighbours send: that comes when a tick ends.
 
     Args:
-        after_grads: whether to wait for the gradients of ticks before. They then fill the time of the transfers
-            between, which is all that there is for it; free to, they would fill some in a pair, where other work does.
+        wait_for_grads: whether to wait for the gradients of ticks before as well.
     """
-    kinds = {kind for kind, _ in opcode}
-    # Transfers write both at the end of a tick.
     arriving = state.activations, state.gradients
-    waited_for = state.results.grads if after_grads else None
-    (x, dy), arriving, grads = lax.optimization_barrier(((read.x, read.dy), arriving, waited_for))
-    state = replace(state, activations=arriving[0], gradients=arriving[1])
-    read = read._replace(x=x, dy=dy)
-    if after_grads:
-        state = replace(state, results=state.results._replace(grads=grads))
-    if Kind.F in kinds and read.residuals:
-        written = state.residuals[: len(read.residuals)]
-        residuals, written = zip(*map(lax.optimization_barrier, zip(read.residuals, written, strict=True)), strict=True)
-        state = replace(state, residuals=(*written, *state.residuals[len(written) :]))
-        read = read._replace(residuals=residuals)
-    if kinds >= {Kind.I, Kind.W}:
-        tapes, written = lax.optimization_barrier((read.tapes, state.tapes))
-        state, read = replace(state, tapes=written), read._replace(tapes=tapes)
-    return read, state
+    waited_for = state.results.grads if wait_for_grads else None
+    taken, (activations, gradients), grads = lax.optimization_barrier((taken, arriving, waited_for))
+    state = replace(state, activations=activations, gradients=gradients)
+    return replace(state, results=state.results._replace(grads=grads)) if wait_for_grads else state, taken
 
 
 def after_residuals(state: State, place: int, value: PyTree) -> tuple[State, PyTree]:
     """Make what reads `value` wait until the residuals of a place are written."""
     written, value = lax.optimization_barrier((state.residuals[place], value))
-    return replace(state, residuals=with_item(state.residuals, place, written)), value
+    return with_residuals(state, place, written), value
+
+
+def after_tapes(state: State, value: PyTree) -> tuple[State, PyTree]:
+    """Make what reads `value` wait until tapes are written."""
+    written, value = lax.optimization_barrier((state.tapes, value))
+    return replace(state, tapes=written), value
 
 
 def after_grads(state: State, slot: int, place: int, value: PyTree) -> tuple[State, PyTree]:

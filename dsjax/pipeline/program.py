@@ -1,8 +1,9 @@
 """A schedule as an integer table that one SPMD executor runs: opcodes, buffer slots, transfers.
 
-An executor is, per tick and on every rank: read a row of the table; branch on its opcode; all reads of buffers, then
-the ops, then all writes; last, the transfers, and the writes of what they bring. `check` is such an executor, of
-symbols. Buffers (`Pools`) have a fixed depth; which value lies where is decided here, by colouring intervals.
+An executor is, per tick and on every rank: read a row of the table; branch on its opcode; read inputs and gradients;
+run the ops, which read and write residuals and tapes in any order, for no slot is both read and written; last, the
+transfers, and the writes of what they bring. `check` is such an executor, of symbols. Buffers (`Pools`) have a fixed
+depth; which value lies where is decided here, by colouring intervals.
 """
 
 from bisect import insort

@@ -39,7 +39,7 @@ from dsjax.pipeline.stages import (
 )
 from dsjax.runtime import Runtime
 
-PIECE = 2**30
+PIECE = 2**29
 """Bytes in float32 of a gradient at an end of the pipeline that are reduced at once; V3's head has 3.7 GB."""
 
 

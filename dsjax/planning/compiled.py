@@ -78,7 +78,7 @@ def compile_step(config: Config, chip: HopperName) -> Compiled:
     """Return XLA's figures of the training step of a run; for errors see `scheduled_step`."""
     made = scheduled_step(config, chip)
     found = collectives(made.text)
-    pairs = [c for c in found if c.kind == "all-to-all" and "pair" in c.op_name and "/overflow/" not in c.op_name]
+    pairs = [c for c in found if c.kind == "all-to-all" and "pair" in c.op_name and "overflow" not in c.op_name]
     sent = sum(c.nbytes for c in pairs)
     return Compiled(
         argument_bytes=made.argument_bytes,

@@ -21,8 +21,8 @@ _IN_MEMORY = {
 }
 _LOOPS = {"scan", "while"}
 _IN_PLACE = {"dynamic_update_slice", "optimization_barrier"}
-"""Whose results are their inputs' memory. So are those that a `cond` gives back as they came, in one of its cases, if
-nothing else reads them."""
+"""Whose results are their inputs' memory. So are, of inputs that nothing else reads, the state of a `while`, and what a
+`cond` gives back as it came in one of its cases."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def peak(jaxpr: jex.Jaxpr, scopes: Sequence[str] = ()) -> Peak:
     read_later: set[Any] = set()
     for eqn in reversed(eqns):
         for var, out in _in_place(eqn):
-            if eqn.primitive.name == "cond" and var in read_later:
+            if eqn.primitive.name in ("cond", "while") and var in read_later:
                 continue
             in_place.add(out)
             if out in results:
@@ -103,6 +103,9 @@ def _in_place(eqn: jex.JaxprEqn) -> list[tuple[Any, jex.Var]]:
                 for given, out in zip(branch.jaxpr.outvars, eqn.outvars, strict=True)
                 if given in branch.jaxpr.invars
             ]
+        case "while":
+            before = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+            pairs = zip(eqn.invars[before:], eqn.outvars, strict=True)
         case _:
             pairs = []
     return [(var, out) for var, out in pairs if not isinstance(var, jex.Literal)]

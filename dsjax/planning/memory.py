@@ -197,10 +197,10 @@ def _working_set(executor: Executor) -> Peak:
         for branch in executor.branches(segment, phase)[0]
     ]
     # A pair of a forward and a backward pass has the intermediate results of both; alone they have less.
-    pairs = [branch for branch in branches if len({kind.role for kind, _ in branch[0]} & {Kind.F, Kind.B}) == 2]
+    pairs = [branch for branch in branches if len({kind.role for kind, _ in branch.opcode} & {Kind.F, Kind.B}) == 2]
     # Layers follow one another, so that one of each stage has as much at once as all.
-    opcodes = dict.fromkeys((opcode, tuple(min(count, 1) for count in counts)) for opcode, counts in pairs or branches)
-    for opcode, counts in opcodes:
-        jaxpr = jax.make_jaxpr(executor.branch(opcode, counts))(state, table[0, 0]).jaxpr
+    ones = (branch._replace(counts=tuple(min(count, 1) for count in branch.counts)) for branch in pairs or branches)
+    for branch in dict.fromkeys(ones):
+        jaxpr = jax.make_jaxpr(executor.branch(branch))(state, table[0, 0]).jaxpr
         worst = max(worst, peak(jaxpr, _EXCHANGE), key=lambda found: found.nbytes)
     return worst

@@ -57,7 +57,7 @@ def by_jax(chunk, params, x, ctx, dy):
 
 
 def work(split, params, x, ctx, dy):
-    """How often each primitive occurs in each piece; inside of `cond`, under "overflow:" and its name."""
+    """How often each primitive occurs in each piece; under "overflow:" and its name in what runs in some cases only."""
     backward, totals = (params, split.residual_avals, ctx, dy), in_float32(params)
     of_pieces = (params, x, ctx), (*backward, totals), backward, (params, split.tape_avals, ctx, totals)
     arguments = dict(zip(PIECES, of_pieces, strict=True))
@@ -67,10 +67,15 @@ def work(split, params, x, ctx, dy):
             name = eqn.primitive.name
             counts[prefix + name] += 1
             for inner in jex.jaxprs_in_params(eqn.params):
-                count(inner, "overflow:" if name == "cond" else prefix, counts)
+                count(inner, "overflow:" if name == "cond" or at_most_once(eqn) else prefix, counts)
         return counts
 
     return {name: count(jax.make_jaxpr(getattr(split, name))(*arguments[name]).jaxpr, "", Counter()) for name in PIECES}
+
+
+def at_most_once(eqn):
+    """Whether it is a conditional that is a loop, for its state to be updated in place."""
+    return eqn.primitive.name == "while" and eqn.outvars[0].aval.dtype == bool
 
 
 def check_same_bits(found, expected):
@@ -78,6 +83,17 @@ def check_same_bits(found, expected):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.tobytes()) == (b.dtype, b.tobytes()), jax.tree_util.keystr(path)
+
+
+def check_same_but_for_the_order_of_sums(found, expected, dtype):
+    """The bits of all but gradients of weights, to which an overflow adds its own in its own order."""
+    *values, (dx, grads), (dx_again, grads_again) = found
+    *expected_values, (dx_expected, grads_expected), _ = expected
+    check_same_bits((values, dx, dx_again), (expected_values, dx_expected, dx_expected))
+    for sums in (grads, grads_again):
+        for a, b in zip(jax.tree.leaves(sums), jax.tree.leaves(grads_expected), strict=True):
+            scale = np.abs(np.asarray(b)).max()
+            np.testing.assert_allclose(a, b, atol=scale * (1e-6 if dtype == jnp.float32 else 2**-7))
 
 
 def occurring(counts, primitive):
@@ -179,14 +195,14 @@ def test_a_toy_with_every_feature(dtype):
 
     results = on_devices(pieces)
     assert len(calls) == 1
-    check_same_bits(results, on_devices(lambda *args: by_jax(toy, *args)))
+    check_same_but_for_the_order_of_sums(results, on_devices(lambda *args: by_jax(toy, *args)), dtype)
 
     split, work_of = found["split"], found["work"]
     assert occurring(work_of, "dot_general") == (6, 12, 6, 6)
     assert occurring(work_of, "all_to_all") == (4, 4, 4, 0)
     # An overflow is recomputed for weights, with the tokens and the cotangents on their way to the experts.
-    assert occurring(work_of, "overflow:all_to_all") == (4, 6, 4, 4)
-    assert occurring(work_of, "overflow:dot_general") == (4, 10, 4, 8)
+    assert occurring(work_of, "overflow:all_to_all") == (4, 8, 4, 4)
+    assert occurring(work_of, "overflow:dot_general") == (4, 12, 4, 8)
 
     width = jnp.dtype(dtype).itemsize
     # For each layer hidden, mtp, rows, up, and two permutations; neither weights in another format nor the tanh.
@@ -198,12 +214,23 @@ def test_a_toy_with_every_feature(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rare", [False, True])
-def test_gradients_are_added_to_totals(rare, dtype):
-    """What is zero but in rare cases too, and then without zeros as large as the parameters."""
+@pytest.mark.parametrize("rounds", [None, 3])
+def test_gradients_are_added_to_totals(rounds, rare, dtype):
+    """What is zero but in rare cases too, and what rounds add up, and then without zeros as large as the parameters."""
 
     def chunk(params, x, ctx):
+        def rarely(y):
+            if rounds is None:
+                return y + jnp.sin(y @ params["w"])
+
+            def step(total, number):
+                in_round = lambda: jnp.sin(number * y @ params["w"])  # noqa: E731
+                return total + lax.cond(number != 1, in_round, lambda: jnp.zeros_like(y)), None
+
+            return lax.scan(step, y, jnp.arange(rounds))[0]
+
         y = jnp.tanh(x @ params["w"] + params["b"])
-        return lax.cond(ctx, lambda y: y + jnp.sin(y @ params["w"]), lambda y: y, y), None
+        return lax.cond(ctx, jax.checkpoint(rarely), lambda y: y, y), None
 
     keys = iter(jax.random.split(jax.random.key(0), 5))
     params = {"w": jax.random.normal(next(keys), (3, 3), dtype) / 3, "b": jnp.ones(3, dtype)}
@@ -218,11 +245,18 @@ def test_gradients_are_added_to_totals(rare, dtype):
     for sums in found:
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6 if dtype == jnp.float32 else 0.02), sums, expected)
 
+    def all_eqns(jaxpr):
+        return [
+            eqn for e in jaxpr.eqns for eqn in (e, *(i for j in jex.jaxprs_in_params(e.params) for i in all_eqns(j)))
+        ]
+
     for piece, arguments in ((split.bwd, (residuals, rare, dy)), (split.bwd_weight, (tape, rare))):
-        (eqn,) = [e for e in jax.make_jaxpr(piece)(params, *arguments, totals).eqns if e.primitive.name == "cond"]
-        usual = eqn.params["branches"][0].jaxpr
-        given = {var for var in usual.outvars if var.aval.shape == (3, 3)}
-        assert given and given <= set(usual.invars)
+        eqns = all_eqns(jax.make_jaxpr(piece)(params, *arguments, totals).jaxpr)
+        assert any(map(at_most_once, eqns))
+        zeros = [
+            eqn for eqn in eqns if eqn.primitive.name == "broadcast_in_dim" and eqn.outvars[0].aval.shape == (3, 3)
+        ]
+        assert not zeros or (rounds and dtype == jnp.bfloat16)
 
 
 def test_pieces_run_in_branches_of_a_loop():
@@ -430,7 +464,7 @@ def context_specs(ctx):
 def test_an_overflow_on_a_mesh_is_right():
     arguments, _, pieces, reference = split_on_mesh("report")
     results = pieces(*arguments)
-    check_same_bits(results, reference(*arguments))
+    check_same_but_for_the_order_of_sums(results, reference(*arguments), jnp.float32)
     assert (results[1][0].rounds > 1).all()
 
 
@@ -448,7 +482,11 @@ def test_work_on_a_mesh(remat, recomputed):
     assert bwd_input == n + 5 + {"none": 0, "report": 2, "full": n + 2 - 1 - 2}[remat]
     # Two hops there and two back: a message each, of all that a token brings.
     assert occurring(work_of, "all_to_all") == (4, 4 + recomputed, 4 + recomputed, 0)
-    assert work_of["bwd_weight"]["overflow:all_to_all"] > 0
+    # An overflow's exchange runs for the input and for the weights, once each.
+    for name in ("all_to_all", "dot_general"):
+        _, whole, of_input, of_weight = occurring(work_of, f"overflow:{name}")
+        assert of_weight > 0 and whole == of_input + of_weight
+    assert occurring(work_of, "overflow:scan") == (1, 4, 2, 2)
     of_experts = {leaf.shape for leaf in jax.tree.leaves(arguments[0][0]["moe"]["experts"])}
     of_experts |= {(shape[0] // 8, *shape[1:]) for shape in of_experts}
     assert not of_experts & {aval.shape for aval in (*split.residual_avals, *split.tape_avals)}

@@ -44,7 +44,7 @@ def test_four_layers_on_each_of_four_stages():
     state = sum(plan.device[name] for name in ("master_weights", "moments", "router_biases", "tokens"))
     # And three numbers that change from step to step.
     assert found.argument_bytes == pytest.approx(state, rel=1e-3)
-    # XLA needs 2 % more, see docs/scale.md.
-    assert found.temporary_bytes == pytest.approx(plan.total - state, rel=0.05)
+    # XLA needs less here, and a little more of 2048 GPUs, see docs/scale.md.
+    assert 0.92 < found.temporary_bytes / (plan.total - state) < 1.01
     assert found.hidden_all_to_all > 0.75
     assert not [what for what in found.collectives if "other" in what or "unnamed" in what]

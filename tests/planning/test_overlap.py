@@ -49,7 +49,7 @@ def test_the_steady_state_hides_tokens_and_transfers():
     found = scheduled_step(config, "h100")
     by_computation = defaultdict(list)
     for collective in collectives(found.text):
-        if "/overflow/" not in collective.op_name:
+        if "overflow" not in collective.op_name:
             by_computation[collective.computation].append(collective)
 
     def of_kind(kind, among):
