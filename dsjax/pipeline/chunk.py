@@ -26,13 +26,14 @@ What lies between the pieces:
   collectives stay in `bwd_input` unless they follow from such a product.
 
 Loops (`lax.scan`, `lax.while_loop`) are units: one that makes gradients of inputs and of weights runs in `bwd_input`
-and leaves the latter on the tape, so layers should be unrolled. A `lax.cond` is in both pieces, in each without what
-only the other needs. That is for the overflow of the expert exchange (`parallel.exchange`), whose backward pass makes
-the gradient of all experts: on the tape these would be as large as the parameters, for each micro-batch in flight and
-usually zero. In `bwd_weight` it needs the tokens, their cotangent and their routing, which are on the tape anyway or
-small. The price is paid by an overflow only: its exchange runs once more, with the all-to-alls that this takes, under a
-predicate on which all devices of the exchange agree. And what a `lax.cond` makes of a gradient in one case, where it is
-zero in the other, is added to the totals inside of it (`totals`), and in their memory (`in_place`).
+and leaves the latter on the tape, so layers should be unrolled. A `lax.cond` that has products for both is in both
+pieces, in each without what only the other needs. That is for the overflow of the expert exchange
+(`parallel.exchange`), whose backward pass makes the gradient of all experts: on the tape these would be as large as the
+parameters, for each micro-batch in flight and usually zero. In `bwd_weight` it needs the tokens, their cotangent and
+their routing, which are on the tape anyway or small. The price is paid by an overflow only: its exchange runs once
+more, with the all-to-alls that this takes, under a predicate on which all devices of the exchange agree. And what a
+`lax.cond` makes of a gradient in one case, where it is zero in the other, is added to the totals inside of it
+(`totals`), and in their memory (`in_place`).
 """
 
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
     tape_vars = program.smallest(reads(products, dparams_out), given=again, inputs=[*residual_vars, *dy_vars])
     totals = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), params)
     total_vars = _new_vars(totals)
-    totals_out = added(program, dparams_out, total_vars)
+    totals_out = added(program, dparams_out, total_vars, products)
 
     residuals, tape = (tuple(_aval(var.aval) for var in variables) for variables in (residual_vars, tape_vars))
     of_forward = {"params": params, "x": x, "ctx": ctx}

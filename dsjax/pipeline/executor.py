@@ -25,7 +25,7 @@ from dsjax.pipeline.chunk import SplitVJP, split_vjp
 from dsjax.pipeline.overlap import interleaved
 from dsjax.pipeline.program import Field, Opcode, Program, Segment
 from dsjax.pipeline.schedule import Kind
-from dsjax.pipeline.tick import Branch, Tick
+from dsjax.pipeline.tick import Branch, TracedTick
 
 AXIS = "pipe"
 
@@ -182,7 +182,7 @@ class Executor:
         pieces = runs.pieces if is_pair else runs.alone
 
         def run(state: State, row: Int[Array, " fields"]) -> tuple[State, dict[str, PyTree]]:
-            return Tick(runs, pieces, branch, state, row).run(wait_for_grads=is_pair and alone)
+            return TracedTick(runs, pieces, branch, state, row).run(wait_for_grads=is_pair and alone)
 
         return interleaved(jax.named_call(run, name="pair")) if is_pair else run
 

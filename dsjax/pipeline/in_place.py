@@ -18,7 +18,8 @@ from dsjax.pipeline.listing import FREE, Listing
 
 
 def in_place(eqns: Sequence[jex.JaxprEqn]) -> list[jex.JaxprEqn]:
-    """Return equations in which no conditional gives back what it came with, inside of others neither."""
+    """Return equations in which no conditional of two cases does nothing in one but to give back what it came with; nor
+    inside of conditionals and of `lax.scan`."""
     found = []
     for eqn in eqns:
         match eqn.primitive:
@@ -62,4 +63,5 @@ def _as_loop(eqn: jex.JaxprEqn) -> list[jex.JaxprEqn]:
     listing = Listing(of_usual)
     listing.inline(jax.make_jaxpr(loop)(*(atom.aval for atom in eqn.invars)), eqn.invars, eqn.source_info.name_stack)
     *before, last = listing.eqns
+    assert last.primitive is primitives.while_p and not listing.consts
     return [*before, last.replace(outvars=[last.outvars[0], *eqn.outvars])]

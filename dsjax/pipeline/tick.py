@@ -34,7 +34,7 @@ class Branch(NamedTuple):
     """Who they are."""
 
 
-class Tick:
+class TracedTick:
     """A tick while it is traced: its ops take `state` layer by layer, and leave another."""
 
     def __init__(

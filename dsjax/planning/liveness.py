@@ -19,7 +19,6 @@ _IN_MEMORY = {
     *("all_to_all", "ragged_all_to_all", "all_gather", "reduce_scatter", "psum", "psum_invariant", "ppermute", "pmax"),
     *("sort", "scatter", "top_k", "cumsum", "custom_call", "ffi_call", "argsort"),
 }
-_LOOPS = {"scan", "while"}
 _IN_PLACE = {"dynamic_update_slice", "optimization_barrier"}
 """Whose results are their inputs' memory. So are, of inputs that nothing else reads, the state of a `while`, and what a
 `cond` gives back as it came in one of its cases."""
@@ -66,7 +65,7 @@ def peak(jaxpr: jex.Jaxpr, scopes: Sequence[str] = ()) -> Peak:
     for at, eqn in enumerate(eqns):
         name = str(eqn.source_info.name_stack)
         scope = next((scope for scope in scopes if scope in name), "")
-        if eqn.primitive.name in _LOOPS:
+        if eqn.primitive.name == "scan":
             for var in _carried(eqn, [var for var in variables(eqn.invars) if var in scope_of and last[var] == at]):
                 held[scope_of[var]] -= _bytes(var)
                 leaving[at].remove((scope_of[var], _bytes(var)))
@@ -112,7 +111,7 @@ def _in_place(eqn: jex.JaxprEqn) -> list[tuple[Any, jex.Var]]:
 
 
 def _carried(eqn: jex.JaxprEqn, unread: Sequence[jex.Var]) -> list[jex.Var]:
-    """Return those of `unread`, inputs of a loop that nothing reads later, with whose memory it can go on."""
+    """Return those of `unread`, inputs of a scan that nothing reads later, with whose memory it can go on."""
     results = Counter((var.aval.shape, var.aval.dtype) for var in eqn.outvars)
     found = []
     for var in dict.fromkeys(unread):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.pipeline.overlap import interleaved
+from dsjax.pipeline.overlap import _NETWORK, interleaved
+from dsjax.pipeline.totals import SCOPE
 
 LAYERS = 2
 
@@ -95,3 +96,8 @@ def test_results_keep_their_bits(arguments):
 def test_a_single_chunk_is_left_alone(arguments):
     x, _, weights, _ = arguments
     assert ancestors(interleaved(forward), (x, weights)) == ancestors(forward, (x, weights))
+
+
+def test_gradients_of_an_overflow_are_not_on_the_network():
+    """Nobody waits for them; but their name says what they are, for those that count collectives."""
+    assert not _NETWORK.search(f"B/{SCOPE}/cond") and "overflow" in SCOPE

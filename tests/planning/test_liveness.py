@@ -46,6 +46,20 @@ def test_elementwise_operations_are_nowhere_in_memory(x):
     assert peak_of(between_products, x).nbytes == 2 * SQUARE
 
 
+def test_what_a_while_reads_stays_and_what_it_holds_is_in_place(x):
+    def turns(x):
+        read, held = x @ x, x @ x.T
+
+        def turn(state):
+            turn, y = state
+            return turn + 1, ((y @ x) @ x + y @ x) @ read
+
+        return jax.lax.while_loop(lambda state: state[0] < 3, turn, (0, held))
+
+    # What it reads; two products, and their sum for the last. What it holds is the memory of the result.
+    assert peak_of(turns, x).nbytes == 4 * SQUARE
+
+
 def test_a_loop_goes_on_with_the_memory_it_begins_with(x):
     def accumulate(x):
         def add(total, y):
