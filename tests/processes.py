@@ -67,6 +67,11 @@ def ended(process):
     return process.returncode, *(re.sub(r"(\[1\] )?\[Gloo\] Rank.*\n", "", text) for text in (out, err))
 
 
+def is_of_gloo(line):
+    """Whether Gloo has written a line, of which another process may have written the beginning."""
+    return "[Gloo]" in line or "peer ranks" in line
+
+
 @contextmanager
 def addressed(process, seconds):
     """Wait for a server's address; yield it, and what it has written to stderr but for lines of Gloo.
@@ -78,7 +83,7 @@ def addressed(process, seconds):
     try:
         said = []
         for line in process.stderr:
-            if "[Gloo]" not in line:
+            if not is_of_gloo(line):
                 said.append(line)
             if found := re.search(r"is served at (http://\S+)", line):
                 yield found[1], said

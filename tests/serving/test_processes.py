@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from processes import SMALL_UNIT, addressed, ended, launched
+from processes import SMALL_UNIT, addressed, ended, is_of_gloo, launched
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.sampling import Sampling
@@ -29,7 +29,7 @@ def served(run, folder, *words):
 
 
 def rest(process):
-    return [line for line in process.stderr.read().splitlines() if "[Gloo]" not in line]
+    return [line for line in process.stderr.read().splitlines() if not is_of_gloo(line)]
 
 
 def children_of(process):
