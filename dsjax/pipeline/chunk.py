@@ -156,11 +156,7 @@ def split_vjp(chunk: Chunk, params: PyTree, x: PyTree, ctx: PyTree) -> SplitVJP:
         ),
         bwd_input=piece("bwd_input", of_backward, backward_in, [*dx_out, *tape_vars], (x, tape)),
         bwd_weight=piece(
-            "bwd_weight",
-            of_weight,
-            [*param_vars, *tape_vars, *ctx_vars, *total_vars],
-            totals_out,
-            totals,
+            "bwd_weight", of_weight, [*param_vars, *tape_vars, *ctx_vars, *total_vars], totals_out, totals
         ),
         residual_avals=residuals,
         tape_avals=tape,

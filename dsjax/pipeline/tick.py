@@ -72,17 +72,14 @@ class TracedTick:
         dy = buffers.read(self.state.gradients, self.row[Field.B_INPUT]) if Kind.B in roles else None
         if self.ordered:
             self.state, (x, dy) = buffers.before_arrivals(self.state, (x, dy), wait_for_grads=wait_for_grads)
-        ops: dict[Kind, Iterator[None]] = {}
-        for kind, slot in self.opcode:
+        in_turns: dict[Kind, Iterator[None]] = {}
+        for kind, slot in reversed(self.opcode):
             match kind.role:
-                case Kind.F:
-                    ops[kind] = self._forward(slot, x)
                 case Kind.B:
-                    ops[kind] = self._backward(kind, slot, dy)
-                case Kind.W:
-                    ops[kind] = self._weights(slot)
-        for together in ((Kind.B, Kind.I, Kind.F), (Kind.W,)):
-            _in_turns({kind: ops[kind] for kind in together if kind in ops})
+                    in_turns[kind] = self._backward(kind, slot, dy)
+                case Kind.F:
+                    in_turns[kind] = self._forward(slot, x)
+        _run_in_turns(in_turns)
         for kind, slot in self.opcode:
             with jax.named_scope(str(kind)):
                 match kind.role:
@@ -90,6 +87,8 @@ class TracedTick:
                         self._leave(slot, self.sent["activation"])
                     case Kind.B:
                         self._leave_backward(slot, self.sent["gradient"])
+                    case Kind.W:
+                        self._weights(slot)
         return self.state, self.sent
 
     def _forward(self, slot: int, x: PyTree) -> Iterator[None]:
@@ -176,7 +175,7 @@ class TracedTick:
         if self.executor.program.schedule.route.kind == "vee":
             self.state = replace(self.state, gradients=buffers.write(self.state.gradients, dx, self.row[Field.B_TURN]))
 
-    def _weights(self, slot: int) -> Iterator[None]:
+    def _weights(self, slot: int) -> None:
         after = self.row[Field.W_TAPE]
         for place in range(self.counts[slot]):
             if place:  # left alone, XLA makes the gradients of all layers before it adds them up
@@ -185,7 +184,6 @@ class TracedTick:
             ctx = self.model.context(slot, place, self.row[Field.W_MICRO_BATCH])
             weights, totals = self.executor.weights[slot][place], self.state.results.grads[slot][place]
             self.state = with_grads(self.state, slot, place, self.pieces.bwd_weight(weights, tape, ctx, totals))
-            yield
 
     def _residuals(self, place: int, dx: PyTree) -> tuple[tuple[Array, ...], PyTree]:
         """Read the residuals of a layer, not before the gradient that they are used with is there: XLA would copy those
@@ -221,7 +219,7 @@ class TracedTick:
         return lax.cond(flag > 0, then, otherwise) if self.ordered else then()
 
 
-def _in_turns(ops: dict[Kind, Iterator[None]]) -> None:
+def _run_in_turns(ops: dict[Kind, Iterator[None]]) -> None:
     while ops:
         for kind, op in list(ops.items()):
             with jax.named_scope(str(kind)):
